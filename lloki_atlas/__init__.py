@@ -1,0 +1,54 @@
+"""lloki-atlas: LLOKI embeddings of spatial transcriptomics slices, out of core and at the scale of an atlas.
+
+Public names load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AtlasConfig": "lloki_atlas.config",
+    "build": "lloki_atlas.stages.build",
+    "create_catalog": "lloki_atlas.stages.create",
+    "fit_reference": "lloki_atlas.stages.reference",
+    "history": "lloki_atlas.store.catalog",
+    "ingest": "lloki_atlas.stages.ingest",
+    "nearest_cells": "lloki_atlas.query",
+    "open_catalog": "lloki_atlas.store.catalog",
+    "plan": "lloki_atlas.stages.pipeline",
+    "propagate_slice": "lloki_atlas.stages.notebook",
+    "run": "lloki_atlas.stages.pipeline",
+    "select_cells": "lloki_atlas.query",
+    "simulate": "lloki_atlas.simulate",
+    "status": "lloki_atlas.stages.pipeline",
+    "train_autoencoder": "lloki_atlas.stages.pipeline",
+    "verify": "lloki_atlas.store.catalog",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from lloki_atlas.config import AtlasConfig
+    from lloki_atlas.query import nearest_cells, select_cells
+    from lloki_atlas.simulate import simulate
+    from lloki_atlas.stages.build import build
+    from lloki_atlas.stages.create import create_catalog
+    from lloki_atlas.stages.ingest import ingest
+    from lloki_atlas.stages.notebook import propagate_slice
+    from lloki_atlas.stages.pipeline import plan, run, status, train_autoencoder
+    from lloki_atlas.stages.reference import fit_reference
+    from lloki_atlas.store.catalog import history, open_catalog, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lloki_atlas' has no attribute '{name}'")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,262 @@
+"""Commands that make an atlas: demo, simulate, build, create, ingest, plan, run, train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lloki_atlas.cli.output import emit, table
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="Worker processes of the local cluster; as many as cores by default.")
+]
+Cluster = Annotated[str, typer.Option("--cluster", help="`local`, or the address of a scheduler, tcp://host:8786.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Root = Annotated[Path, typer.Argument(help="Folder of the catalog.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    for command in (demo, simulate, build, create, ingest, plan, run, train):
+        app.command()(command)
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to put it; made if missing.")] = Path("lloki-atlas-demo"),
+    cells: Annotated[int, typer.Option("--cells", help="Cells to simulate, over four slices.")] = 6000,
+    workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate four slices of four platforms, build an atlas of them and ask it a question."""
+    from lloki_atlas.query import nearest_cells, select_cells
+    from lloki_atlas.simulate import simulate as make
+    from lloki_atlas.stages.build import build as construct
+
+    typer.echo(f"simulating {cells:,} cells of four platforms in {folder / 'sources'}", err=True)
+    manifest = make(folder / "sources", n_cells=cells)
+    catalog = construct(manifest, root=folder / "atlas", n_workers=workers, progress=not quiet)
+    first = sorted(catalog.state.slices)[0]
+    label = "cell_type_coarse"
+    query = select_cells(catalog, slices=[first], where=f"{label} == 'Inhibitory'").to_dataframe().iloc[[0]]
+    cell = query["cell"].iloc[0]
+    asked = select_cells(catalog, slices=[first], where=f"cell == {cell!r}")
+    found = nearest_cells(catalog, asked, exclude_slice="own", n_neighbors=8).to_dataframe()
+    typer.echo(f"\nThe 8 cells of other platforms nearest to cell {cell} of {first} ({query[label].iloc[0]}):\n")
+    typer.echo(
+        table(
+            ["technology", "slice", "cell", "type", "distance"],
+            found[["technology", "slice_id", "cell", label, "distance"]]
+            .assign(distance=found["distance"].map("{:.4f}".format))
+            .to_numpy(),
+        )
+    )
+    place = catalog.root.resolve()
+    typer.echo(
+        f"\n{sum(r.n_cells for r in catalog.state.slices.values()):,} cells in {len(catalog.state.slices)} slices"
+    )
+    typer.echo(f"catalog: {place} (version {catalog.version})")
+    typer.echo(f"ask it more: lloki-atlas query {place} --slice {first} --cell {cell} --exclude-own-slice")
+
+
+def simulate(
+    folder: Annotated[Path, typer.Argument(help="Where to put the files.")],
+    cells: Annotated[int, typer.Option("--cells", help="Cells in all.")] = 8000,
+    slices: Annotated[int, typer.Option("--slices", help="Slices; platforms take turns.")] = 4,
+    seed: Annotated[int, typer.Option("--seed", help="Seed.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write seeded slices of four platforms, a matching reference and a manifest (`atlas.toml`)."""
+    from lloki_atlas.simulate import simulate as make
+
+    manifest = make(folder, n_cells=cells, n_slices=slices, random_state=seed)
+    emit({"manifest": str(manifest)}, as_json=as_json, text=f"{manifest}\nbuild it: lloki-atlas build {manifest}")
+
+
+def build(
+    manifest: Annotated[Path, typer.Argument(help="A manifest, such as catalogs/mouse-cortex.toml.")],
+    root: Annotated[Path | None, typer.Option("--root", help="Folder of the catalog [default: NAME.atlas].")] = None,
+    workers: Workers = None,
+    cluster: Cluster = "local",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Build the atlas of a manifest, start to end; run it again to continue."""
+    from lloki_atlas.stages.build import build as construct
+    from lloki_atlas.stages.pipeline import status
+
+    with client_of(cluster) as client:
+        catalog = construct(manifest, root=root, client=client, n_workers=workers, progress=not quiet)
+    state = status(catalog)
+    emit(
+        {"root": str(catalog.root), **state},
+        as_json=as_json,
+        text=f"{catalog.root}: version {catalog.version}, {state['n_cells']:,} cells in {len(state['slices'])} slices",
+    )
+
+
+def create(
+    root: Root,
+    reference: Annotated[Path, typer.Option("--reference", help="scRNA-seq counts, h5ad.")],
+    organism: Annotated[str, typer.Option("--organism", help="mouse or human.")],
+    embedder: Annotated[
+        str, typer.Option("--embedder", help="`reference`, or `scgpt:CHECKPOINT_FOLDER`.")
+    ] = "reference",
+    label_key: Annotated[str | None, typer.Option("--label-key", help="Cell types in the reference's obs.")] = None,
+    settings: Annotated[Path | None, typer.Option("--settings", help="TOML with [tile], [propagation], …")] = None,
+    as_json: Json = False,
+) -> None:
+    """Create an empty catalog with its scRNA-seq reference and embedder."""
+    from lloki_atlas.config import AtlasConfig, load_toml
+    from lloki_atlas.stages.create import create_catalog
+
+    catalog = create_catalog(
+        root,
+        reference=reference,
+        organism=organism,
+        label_key=label_key,
+        embedder=embedder,
+        config=AtlasConfig.from_dict(load_toml(settings)) if settings else None,
+    )
+    emit({"root": str(root), "version": catalog.version}, as_json=as_json, text=f"{root}: version {catalog.version}")
+
+
+def ingest(
+    root: Root,
+    sources: Annotated[list[Path], typer.Argument(help="h5ad files or SpatialData zarr stores.")],
+    technology: Annotated[str, typer.Option("--technology", help="Platform, such as MERFISH.")],
+    organism: Annotated[str, typer.Option("--organism", help="mouse or human.")],
+    unit: Annotated[str, typer.Option("--unit", help="Of the coordinates: micrometer, millimeter, nanometer, pixel.")],
+    um_per_unit: Annotated[float | None, typer.Option("--um-per-unit", help="Micrometres per pixel.")] = None,
+    slice_id: Annotated[str | None, typer.Option("--slice-id", help="Name of the slice [default: file name].")] = None,
+    slice_key: Annotated[str | None, typer.Option("--slice-key", help="obs column; each value is a slice.")] = None,
+    label_key: Annotated[
+        list[str] | None, typer.Option("--label-key", help="obs column to query by; repeatable.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option("--layer", help="Layer that holds the counts [default: X].")] = None,
+    spatial_key: Annotated[str, typer.Option("--spatial-key", help="obsm key of the coordinates.")] = "spatial",
+    keep_empty_cells: Annotated[bool, typer.Option("--keep-empty-cells", help="List cells without counts.")] = False,
+    accept_normalized: Annotated[bool, typer.Option("--accept-normalized", help="Take non-integer values.")] = False,
+    gene_map: Annotated[Path | None, typer.Option("--gene-map", help="Table: source symbol, canonical symbol.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check slices and store them; a slice that cannot be used changes nothing."""
+    from lloki_atlas.errors import InputError
+    from lloki_atlas.stages.ingest import ingest as store
+    from lloki_atlas.stages.sources import section_values
+    from lloki_atlas.store.catalog import open_catalog
+
+    if slice_id is not None and len(sources) > 1:
+        raise InputError("one --slice-id cannot name several sources: ingest them one by one, or leave it out")
+    catalog = open_catalog(root, mode="r+")
+    names = []
+    for source in sources:
+        for value in section_values(source, slice_key) if slice_key else [None]:
+            name = "_".join(part for part in (slice_id, value) if part) or source.stem
+            catalog = store(
+                catalog,
+                source,
+                slice_id=name,
+                technology=technology,
+                organism=organism,
+                coordinate_unit=unit,
+                um_per_unit=um_per_unit,
+                spatial_key=spatial_key,
+                label_key=label_key or None,
+                layer=layer,
+                slice_key=slice_key,
+                slice_value=value,
+                empty_cells="keep" if keep_empty_cells else "error",
+                accept_normalized=accept_normalized,
+                gene_map=gene_map,
+            )
+            names.append(name)
+    emit(
+        {"version": catalog.version, "slices": names},
+        as_json=as_json,
+        text=f"version {catalog.version}: {', '.join(names)}",
+    )
+
+
+def plan(
+    root: Root, until: Annotated[str, typer.Option(help="Last stage.")] = "integrate", as_json: Json = False
+) -> None:
+    """Say what a run would do: tasks, cells and memory, stage by stage."""
+    from lloki_atlas.stages.pipeline import plan as make
+    from lloki_atlas.store.catalog import open_catalog
+
+    summary = make(open_catalog(root), until=until).summary()
+    rows = [
+        (stage, part["tasks"], f"{part['cells']:,}", f"{part['projected_memory'] / 2**20:,.0f} MiB")
+        for stage, part in summary["stages"].items()
+    ]
+    text = table(["stage", "tasks", "cells", "memory a task"], rows) if rows else "nothing to do"
+    emit(summary, as_json=as_json, text=text)
+
+
+def run(
+    root: Root,
+    until: Annotated[str, typer.Option("--until", help="Last stage.")] = "integrate",
+    slices: Annotated[list[str] | None, typer.Option("--slices", help="Slice id; repeatable [default: all].")] = None,
+    workers: Workers = None,
+    cluster: Cluster = "local",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run everything that is missing or stale, and commit it."""
+    from lloki_atlas.stages.pipeline import run as execute
+    from lloki_atlas.store.catalog import open_catalog
+
+    with client_of(cluster) as client:
+        catalog = execute(
+            open_catalog(root, mode="r+"),
+            client=client,
+            n_workers=workers,
+            progress=not quiet,
+            until=until,
+            slices=slices or None,
+        )
+    emit({"version": catalog.version}, as_json=as_json, text=f"version {catalog.version}")
+
+
+def train(
+    root: Root,
+    slices: Annotated[list[str] | None, typer.Option("--slices", help="Slice to train on; repeatable.")] = None,
+    label_key: Annotated[str | None, typer.Option("--label-key", help="Cell types that refine the pairs.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed [default: the atlas's].")] = None,
+    workers: Workers = None,
+    cluster: Cluster = "local",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train the autoencoder anew and encode the atlas with it."""
+    from lloki_atlas.stages.pipeline import train_autoencoder
+    from lloki_atlas.store.catalog import open_catalog
+
+    with client_of(cluster) as client:
+        catalog = train_autoencoder(
+            open_catalog(root, mode="r+"),
+            slices=slices or None,
+            label_key=label_key,
+            random_state=seed,
+            client=client,
+            n_workers=workers,
+            progress=not quiet,
+        )
+    emit({"version": catalog.version}, as_json=as_json, text=f"version {catalog.version}")
+
+
+@contextmanager
+def client_of(cluster: str) -> Iterator[Any]:
+    """Connect to a scheduler's address; `local` leaves it to the run to make its own workers."""
+    if cluster == "local":
+        yield None
+        return
+    from lloki_atlas.engine.cluster import connect
+
+    with connect(cluster) as client:
+        yield client

@@ -1,0 +1,73 @@
+"""Commands about a catalog as such: status, log, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lloki_atlas.cli.output import emit, table
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Root = Annotated[Path, typer.Argument(help="Folder of the catalog.")]
+Version = Annotated[int | None, typer.Option("--version", help="An earlier version [default: the newest].")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    for command in (status, log, verify):
+        app.command()(command)
+
+
+def status(root: Root, version: Version = None, as_json: Json = False) -> None:
+    """Say for each slice and stage whether its output is done, missing or stale."""
+    from lloki_atlas.stages.lineage import STAGES
+    from lloki_atlas.stages.pipeline import status as describe
+    from lloki_atlas.store.catalog import open_catalog
+
+    state = describe(open_catalog(root, version=version))
+    rows = [
+        (part["slice_id"], part["technology"], f"{part['n_cells']:,}", part["n_genes"], *part["stages"].values())
+        for part in state["slices"]
+    ]
+    text = f"version {state['version']}, {state['n_cells']:,} cells\n" + table(
+        ["slice", "technology", "cells", "genes", *STAGES], rows
+    )
+    emit(state, as_json=as_json, text=text)
+
+
+def log(root: Root, as_json: Json = False) -> None:
+    """List the versions, newest first."""
+    from lloki_atlas.store.catalog import history, open_catalog
+
+    versions = sorted(history(open_catalog(root)), key=lambda record: -record.version)
+    content = [
+        {
+            "version": record.version,
+            "time": record.time,
+            "message": record.message,
+            "slices": sorted(record.change.slices),
+            "code_version": record.code_version,
+        }
+        for record in versions
+    ]
+    rows = [(part["version"], part["time"], part["message"]) for part in content]
+    emit(content, as_json=as_json, text=table(["version", "time", "message"], rows))
+
+
+def verify(root: Root, version: Version = None, as_json: Json = False) -> None:
+    """Read every object of a version again and compare it with its digest; exit code 4 if one is damaged."""
+    from lloki_atlas.errors import FormatError
+    from lloki_atlas.store.catalog import open_catalog
+    from lloki_atlas.store.catalog import verify as check
+
+    catalog = open_catalog(root, version=version)
+    problems = check(catalog)
+    emit(
+        {"version": catalog.version, "problems": problems},
+        as_json=as_json,
+        text="\n".join(problems) or f"version {catalog.version} is whole",
+    )
+    if problems:
+        raise typer.Exit(FormatError.exit_code)

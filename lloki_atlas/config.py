@@ -1,0 +1,220 @@
+"""Every setting of an atlas as frozen dataclasses, their digest, and TOML in and out.
+
+The digest of a settings object is part of the content key of whatever was computed with it, so a field's
+default may only change together with the version of the stage that reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lloki_atlas.errors import InputError
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How the cells of a slice, in spatial order, are cut into tiles (unit of IO, retry and memory).
+
+    No stored number depends on it.
+    """
+
+    tile_cells: int = 4096
+
+    def __post_init__(self) -> None:
+        _require(self.tile_cells >= 1, "tile_cells", self.tile_cells, "at least 1")
+
+
+@dataclass(frozen=True)
+class PropagationConfig:
+    """LLOKI-FP: graph, sparsity target, propagation, diffusion.
+
+    `graph_space` is where expression neighbours are searched: `scaled` is the first `n_components` principal
+    components of z-scored log counts over every gene of the panel; `counts` is the counts themselves over the
+    genes shared with the reference, as published.
+    `alpha` weighs the diffused values against the cell's own (equation 5).
+    """
+
+    graph_space: Literal["scaled", "counts"] = "scaled"
+    n_components: int = 20
+    n_neighbors: int = 40
+    self_loops: bool = True
+    max_iterations: int = 40
+    tolerance: float = 1e-3
+    alpha: float = 1.0
+    keep_observed: bool = False
+    n_bandwidth_pairs: int = 10_000
+    random_state: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.graph_space in ("scaled", "counts"), "graph_space", self.graph_space, "'scaled' or 'counts'")
+        _require(self.n_neighbors >= 1, "n_neighbors", self.n_neighbors, "at least 1")
+        _require(self.n_components >= 1, "n_components", self.n_components, "at least 1")
+        _require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "at least 1")
+        _require(self.tolerance > 0, "tolerance", self.tolerance, "positive")
+        _require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "between 0 and 1")
+        _require(self.n_bandwidth_pairs >= 1, "n_bandwidth_pairs", self.n_bandwidth_pairs, "at least 1")
+
+
+@dataclass(frozen=True)
+class EmbedderConfig:
+    """Which embedder turns a diffused cell into 512 numbers, and its settings.
+
+    `reference` needs no weights: `n_factors` components of the scRNA-seq reference and, for each panel, a
+    ridge map of strength `ridge` onto them. `scgpt` reads a checkpoint folder (`args.json`, `vocab.json`,
+    `best_model.pt`).
+    """
+
+    name: str = "reference"
+    n_factors: int = 50
+    ridge: float = 500.0
+    checkpoint: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.n_factors <= 512, "n_factors", self.n_factors, "between 1 and 512")
+        _require(self.ridge > 0, "ridge", self.ridge, "positive")
+        if self.name == "scgpt" and not self.checkpoint:
+            raise InputError(
+                "the scgpt embedder needs a checkpoint folder: say `scgpt:DIR`, or set embedder.checkpoint"
+            )
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """LLOKI-CAE: weights of the three losses (equation 9) and the training of the encoder."""
+
+    reconstruction_weight: float = 1.0
+    triplet_weight: float = 0.2
+    conservation_weight: float = 250.0
+    margin: float = 1.0
+    n_neighbors_mutual: int = 40
+    n_neighbors_conservation: int = 30
+    token_size: int = 10
+    learning_rate: float = 5e-4
+    weight_decay: float = 1e-4
+    n_epochs: int = 50
+    chunk_cells: int = 4000
+    max_cells_per_technology: int = 20_000
+    random_state: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("reconstruction_weight", "triplet_weight", "conservation_weight", "margin", "weight_decay"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "not negative")
+        for name in ("n_neighbors_mutual", "n_neighbors_conservation", "token_size", "n_epochs"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
+        _require(self.chunk_cells >= 2, "chunk_cells", self.chunk_cells, "at least 2")
+        _require(
+            self.max_cells_per_technology >= 2, "max_cells_per_technology", self.max_cells_per_technology, "at least 2"
+        )
+
+
+@dataclass(frozen=True)
+class AtlasConfig:
+    """Every setting of an atlas; the sections of `[settings.*]` in a manifest."""
+
+    tile: TileConfig = field(default_factory=TileConfig)
+    propagation: PropagationConfig = field(default_factory=PropagationConfig)
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+
+    @classmethod
+    def from_dict(cls, sections: Mapping[str, Any]) -> AtlasConfig:
+        """Build from nested tables.
+
+        Raises
+        ------
+        InputError
+            On a section or a key that does not exist, or a value out of range.
+        """
+        parts: dict[str, Any] = {}
+        for section, values in sections.items():
+            if section not in _SECTIONS:
+                raise InputError(f"unknown settings section '{section}': choose from {', '.join(sorted(_SECTIONS))}")
+            parts[section] = settings_from_dict(_SECTIONS[section], values, where=f"settings.{section}")
+        return cls(**parts)
+
+
+_SECTIONS: dict[str, type] = {
+    "tile": TileConfig,
+    "propagation": PropagationConfig,
+    "embedder": EmbedderConfig,
+    "autoencoder": AutoencoderConfig,
+}
+
+
+def settings_from_dict(kind: type, values: Mapping[str, Any], *, where: str) -> Any:
+    """Build one settings dataclass from a table, refusing keys that it does not have and values of another type."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    defaults = kind()
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise InputError(f"unknown key '{name}' in [{where}]: choose from {', '.join(sorted(fields))}")
+        default = getattr(defaults, name)
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if default is not None and type(value) is not type(default):
+            raise InputError(
+                f"'{name}' in [{where}] is {value!r}, a {type(value).__name__}: give a {type(default).__name__}"
+            )
+        checked[name] = value
+    return kind(**checked)
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Turn a settings object into plain nested tables (JSON and TOML friendly)."""
+    return dataclasses.asdict(settings)
+
+
+def digest(value: Any) -> str:
+    """Content digest of JSON-like values, dataclasses, bytes or text: 32 hexadecimal characters of SHA-256.
+
+    Equal content gives an equal digest on every machine: keys are sorted and floats are written with `repr`.
+    """
+    data = value if isinstance(value, bytes) else canonical_json(value)
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain).encode()
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or is not TOML.
+    """
+    try:
+        with open(path, "rb") as handle:
+            return tomllib.load(handle)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"no canonical JSON form for {type(value).__name__}")
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise InputError(f"{name} is {value!r}: it has to be {wanted}")

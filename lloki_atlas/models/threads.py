@@ -1,0 +1,23 @@
+"""One thread for torch, and the caller's setting back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Run torch on one thread inside the block, so that the bytes of a product do not depend on the machine's cores.
+
+    The order of summation in a matrix product follows from how it is cut among threads.
+    The setting belongs to the calling thread; it is restored when the block ends, an error included.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,216 @@
+"""From expression rows to scGPT's tokens: which vocabulary entry a gene is, and which value bin its value falls in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from lloki_atlas.errors import CheckpointError, InputError
+
+# what scGPT appends to a vocabulary, in this order, where missing
+SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")
+
+_BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Index of every token, and of every gene token by its upper-case form.
+
+    `folded` leads to the token that is itself upper-case, otherwise to the one of smallest index.
+    """
+
+    tokens: dict[str, int]
+    folded: dict[str, int]
+    pad: int
+    cls: int
+    special: frozenset[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Gene tokens of many cells, without `<cls>`: cell i has `genes[indptr[i]:indptr[i + 1]]`, ascending.
+
+    `digits` are the value bins, 1 to n_bins - 1. `n_truncated` cells had more genes than fit, which left
+    `n_dropped` values out.
+    """
+
+    indptr: np.ndarray
+    genes: np.ndarray
+    digits: np.ndarray
+    n_truncated: int
+    n_dropped: int
+
+    def __post_init__(self) -> None:
+        if self.genes.shape != self.digits.shape or self.indptr[-1] != len(self.genes):
+            raise InputError("token rows are inconsistent: genes and digits need the length that indptr ends with")
+
+
+def build_vocabulary(indices: Any, *, pad_token: str = "<pad>") -> Vocabulary:
+    """Check the content of a `vocab.json` and append scGPT's special tokens where missing.
+
+    Parameters
+    ----------
+    indices
+        Token to row of the embedding table; the rows have to be 0, 1, ... without a gap.
+    pad_token
+        Token that fills cells up to a common length.
+
+    Returns
+    -------
+    Vocabulary
+        The tokens, the special ones included.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not such a table, or has no `pad_token`.
+    """
+    if not isinstance(indices, Mapping) or not all(type(index) is int for index in indices.values()):
+        raise CheckpointError("vocab.json is not a table of token to row number: take the file of the same checkpoint")
+    if sorted(indices.values()) != list(range(len(indices))):
+        raise CheckpointError(
+            f"the {len(indices)} tokens of vocab.json do not have the row numbers 0 to {len(indices) - 1}, each once: "
+            "take the file of the same checkpoint"
+        )
+    tokens = dict(indices)
+    for token in SPECIAL_TOKENS:
+        tokens.setdefault(token, len(tokens))
+    if pad_token not in tokens:
+        raise CheckpointError(f"pad_token '{pad_token}' of args.json is not in vocab.json: the two do not fit together")
+    special = frozenset(tokens[token] for token in (*SPECIAL_TOKENS, pad_token))
+    folded: dict[str, int] = {}
+    for token, index in sorted(tokens.items(), key=lambda item: (item[0] != item[0].upper(), item[1])):
+        if index not in special:
+            folded.setdefault(token.upper(), index)
+    return Vocabulary(tokens, folded, tokens[pad_token], tokens["<cls>"], special)
+
+
+def lookup_genes(vocabulary: Vocabulary, genes: Sequence[str]) -> np.ndarray:
+    """Find the token of each gene: the same text first, otherwise the same upper-case text.
+
+    A token belongs to one gene: the first that matches it as written, otherwise the first that matches its
+    upper-case form. Special tokens and the empty symbol are no genes.
+
+    Parameters
+    ----------
+    vocabulary
+        The tokens.
+    genes
+        Symbols, one a column.
+
+    Returns
+    -------
+    numpy.ndarray
+        (n_genes,) int64, -1 where the gene has no token.
+    """
+    found = np.full(len(genes), -1, dtype=np.int64)
+    taken = set(vocabulary.special)
+    for as_written in (True, False):
+        for column, gene in enumerate(genes):
+            # a gene that is a token as written is no second spelling of another one
+            if not gene or (gene in vocabulary.tokens) != as_written:
+                continue
+            index = vocabulary.tokens[gene] if as_written else vocabulary.folded.get(gene.upper(), -1)
+            if index >= 0 and index not in taken:
+                found[column] = index
+                taken.add(index)
+    return found
+
+
+def bin_values(values: np.ndarray, *, n_bins: int) -> np.ndarray:
+    """Bin the non-zero values of one cell by their own quantiles, as scGPT does, without its random numbers.
+
+    The edges are the `n_bins - 1` evenly spaced quantiles of the cell. A value v lies above `below` edges (e < v)
+    and `upto` of them count with equality (e <= v). scGPT draws a bin from below + 1 to upto at random; here equal
+    values share the middle one, floor((below + 1 + upto) / 2). Distinct values leave one choice: scGPT's.
+
+    Parameters
+    ----------
+    values
+        (n_values,) float32, at least one.
+    n_bins
+        Number of bins with the one that scGPT reserves for zero.
+
+    Returns
+    -------
+    numpy.ndarray
+        (n_values,) int64, 1 to n_bins - 1.
+    """
+    edges = np.quantile(values, np.linspace(0, 1, n_bins - 1))
+    below = np.searchsorted(edges, values, side="left")
+    upto = np.searchsorted(edges, values, side="right")
+    # an edge interpolated between two values may be rounded past the outermost of them
+    return np.clip((below + 1 + upto) // 2, 1, n_bins - 1)
+
+
+def tokenize(rows: Any, columns: np.ndarray, *, n_bins: int, max_genes: int) -> TokenRows:
+    """Turn the non-zero values of known genes into tokens, each cell by itself.
+
+    A cell's tokens are in the order of the vocabulary, so the order of the columns is of no account. Values are
+    binned before anything is left out; of more than `max_genes`, the largest values stay, the earlier token among
+    equal ones.
+
+    Parameters
+    ----------
+    rows
+        (n_cells, n_genes), dense or CSR; read as float32.
+    columns
+        (n_genes,) int64 token of each column, -1 for none.
+    n_bins
+        Number of value bins with the one reserved for zero.
+    max_genes
+        Most gene tokens that a cell may have.
+
+    Returns
+    -------
+    TokenRows
+        The tokens of every cell.
+
+    Raises
+    ------
+    InputError
+        If the columns do not fit the rows, or a value is not finite.
+    """
+    if rows.ndim != 2 or rows.shape[1] != len(columns):
+        raise InputError(f"rows of shape {rows.shape} do not fit {len(columns)} genes: give one column a gene")
+    order = np.argsort(columns, kind="stable")[np.count_nonzero(columns < 0) :]
+    tokens = columns[order]
+    genes: list[np.ndarray] = []
+    digits: list[np.ndarray] = []
+    lengths = np.zeros(rows.shape[0] + 1, dtype=np.int64)
+    n_truncated = n_dropped = 0
+    for start in range(0, rows.shape[0], _BLOCK_ROWS):
+        for offset, row in enumerate(_dense(rows[start : start + _BLOCK_ROWS], start)[:, order]):
+            present = np.flatnonzero(row)
+            if len(present) == 0:
+                continue
+            values = row[present]
+            binned = bin_values(values, n_bins=n_bins)
+            if len(present) > max_genes:
+                kept = np.sort(np.argsort(-values, kind="stable")[:max_genes])
+                n_truncated += 1
+                n_dropped += len(present) - max_genes
+                present, binned = present[kept], binned[kept]
+            lengths[start + offset + 1] = len(present)
+            genes.append(tokens[present])
+            digits.append(binned)
+    empty = [np.empty(0, dtype=np.int64)]
+    return TokenRows(
+        np.cumsum(lengths), np.concatenate(genes or empty), np.concatenate(digits or empty), n_truncated, n_dropped
+    )
+
+
+def _dense(block: Any, start: int) -> np.ndarray:
+    dense = np.asarray(block.toarray() if sparse.issparse(block) else block, dtype=np.float32)
+    broken = np.flatnonzero(~np.isfinite(dense).all(axis=1))
+    if len(broken):
+        raise InputError(f"row {start + broken[0]} holds a value that is not finite: give counts, or diffused counts")
+    return dense

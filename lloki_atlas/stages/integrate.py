@@ -1,0 +1,149 @@
+"""LLOKI-CAE: train on a sample of the 512-d embeddings, freeze, encode every tile to 128 numbers a cell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lloki_atlas.config import AutoencoderConfig, to_dict
+from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.errors import InputError
+from lloki_atlas.kernels.hashing import text_key
+from lloki_atlas.models.autoencoder import FrozenEncoder, load_encoder
+from lloki_atlas.models.training import save_checkpoint, train_autoencoder_on
+from lloki_atlas.stages.embed import tile_tasks
+from lloki_atlas.stages.lineage import atlas_config
+from lloki_atlas.store.arrays import read_arrays, read_rows
+from lloki_atlas.store.catalog import Catalog
+from lloki_atlas.store.records import SliceRecord
+from lloki_atlas.store.slices import SliceStore
+
+LATENT_SIZE = 128
+NO_LABEL = ("", "nan", "None", "Unassigned", "unlabelled")
+
+
+def platform_name(record: SliceRecord) -> str:
+    """What a condition token stands for: technology and panel."""
+    return f"{record.technology}|{record.panel}"
+
+
+def run_tile(embedding: np.ndarray, platform: str, encoder: FrozenEncoder) -> np.ndarray:
+    """Encode one tile: (n_cells, 512) float16 → (n_cells, 128) float32; NaN rows stay NaN."""
+    return encoder.encode(np.asarray(embedding, dtype=np.float32), platform)
+
+
+def compute(embedding_path: str, model_path: str, platform: str, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Task body: read a tile's 512-d embedding, encode it."""
+    rows = read_rows(embedding_path, "X_fp", start, stop)
+    return {"X_lloki": run_tile(rows, platform, load_encoder(model_path))}
+
+
+def train(folder: str, samples: list[dict[str, Any]], settings: dict[str, Any], label_key: str | None) -> None:
+    """Task body: draw the sample, train, write the checkpoint into `folder`."""
+    config = AutoencoderConfig(**settings)
+    platforms = sorted({sample["platform"] for sample in samples})
+    share = {name: sum(sample["platform"] == name for sample in samples) for name in platforms}
+    parts, platform_codes, slice_codes, labels = [], [], [], []
+    for code, sample in enumerate(samples):
+        rows = read_arrays(sample["embedding_path"], ["X_fp"])["X_fp"]
+        chosen = sample_cells(
+            np.flatnonzero(np.isfinite(rows[:, 0])),
+            size=max(1, config.max_cells_per_technology // share[sample["platform"]]),
+            key=f"{sample['slice_id']}/{config.random_state}",
+        )
+        parts.append(rows[chosen].astype(np.float32))
+        platform_codes.append(np.full(len(chosen), platforms.index(sample["platform"])))
+        slice_codes.append(np.full(len(chosen), code))
+        if label_key is not None:
+            column = SliceStore(sample["slice_path"]).obs([label_key])[label_key].astype(str).to_numpy()
+            labels.append(np.where(np.isin(column[chosen], NO_LABEL), "", column[chosen]))
+    model, history = train_autoencoder_on(
+        np.concatenate(parts),
+        np.concatenate(platform_codes),
+        np.concatenate(slice_codes),
+        platforms,
+        config=config,
+        labels=np.concatenate(labels) if labels else None,
+    )
+    lineage = {
+        "slices": {sample["slice_id"]: sample["embedding_key"] for sample in samples},
+        "label_key": label_key,
+        "n_cells": int(sum(len(part) for part in parts)),
+    }
+    save_checkpoint(folder, model, config=config, history=history, lineage=lineage)
+
+
+def sample_cells(candidates: np.ndarray, *, size: int, key: str) -> np.ndarray:
+    """Draw at most `size` rows of a slice without replacement, keyed by the slice, in ascending order."""
+    if len(candidates) <= size:
+        return candidates
+    generator = np.random.default_rng(text_key(key))
+    return np.sort(generator.choice(candidates, size=size, replace=False))
+
+
+def checkpoint_description(catalog: Catalog, key: str) -> dict[str, Any]:
+    """Return the JSON beside a checkpoint's weights: settings, platforms, loss history, lineage."""
+    with open(Path(catalog.path("models", key)) / "autoencoder.json", "rb") as handle:
+        return json.load(handle)
+
+
+def plan_training(
+    catalog: Catalog,
+    records: list[SliceRecord],
+    keys: dict[str, dict[str, str]],
+    *,
+    model_key: str,
+    label_key: str | None,
+) -> Task:
+    """One task: train on the embeddings of these slices."""
+    config = atlas_config(catalog).autoencoder
+    samples = [
+        {
+            "slice_id": record.slice_id,
+            "platform": platform_name(record),
+            "embedding_key": keys[record.slice_id]["embed"],
+            "embedding_path": str(catalog.path("embeddings", keys[record.slice_id]["embed"])),
+            "slice_path": str(catalog.path("slices", record.objects["ingest"])),
+        }
+        for record in sorted(records, key=lambda record: record.slice_id)
+    ]
+    if not samples:
+        raise InputError("there is no slice to train the autoencoder on: ingest some first")
+    n_platforms = len({sample["platform"] for sample in samples})
+    n_cells = min(sum(record.n_cells for record in records), n_platforms * config.max_cells_per_technology)
+    return Task(
+        name=f"train/{model_key}",
+        stage="train",
+        function="lloki_atlas.stages.integrate:train",
+        arguments={"samples": samples, "settings": to_dict(config), "label_key": label_key},
+        output=Output(
+            path=str(catalog.path("models", model_key)),
+            staging=str(catalog.path("staging", model_key)),
+            lineage={"stage": "train", "embeddings": {s["slice_id"]: s["embedding_key"] for s in samples}},
+            folder=True,
+        ),
+        n_cells=n_cells,
+        projected_memory=n_cells * 512 * 4 * 3 + config.chunk_cells**2 * 4 * 3 + 256 * 2**20,
+    )
+
+
+def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str], *, model_key: str) -> list[Task]:
+    """One task per tile, and one that publishes."""
+    return tile_tasks(
+        catalog,
+        record,
+        stage="integrate",
+        key=keys["integrate"],
+        function="lloki_atlas.stages.integrate:compute",
+        arguments={
+            "embedding_path": str(catalog.path("embeddings", keys["embed"])),
+            "model_path": str(catalog.path("models", model_key)),
+            "platform": platform_name(record),
+        },
+        array=("X_lloki", LATENT_SIZE, "float32"),
+        lineage={"stage": "integrate", "embedding": keys["embed"], "model": model_key},
+        memory=lambda cells: cells * (512 * 4 * 2 + LATENT_SIZE * 8) + 128 * 2**20,
+    )

@@ -1,0 +1,84 @@
+"""Content keys: what every stage's output of a slice is made of, and therefore what it is called.
+
+A key is the digest of the keys of its inputs, of the settings that the stage reads and of the stage's version. An
+output is current when its key is the expected one; nothing else decides what runs.
+
+    ingest ──▶ tile ──▶ propagate ──▶ embed ──▶ integrate
+      reference (per panel) ────────────▲    model ──▲
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from lloki_atlas.config import AtlasConfig, digest, to_dict
+from lloki_atlas.store.catalog import Catalog
+from lloki_atlas.store.records import SliceRecord
+
+STAGES = ("ingest", "tile", "reference", "propagate", "embed", "integrate")
+
+# raised whenever a stage computes something else from the same inputs and settings
+VERSIONS = {"tile": 1, "reference": 1, "propagate": 1, "embed": 1, "train": 1, "integrate": 1}
+
+Status = Literal["done", "missing", "stale"]
+
+
+def atlas_config(catalog: Catalog) -> AtlasConfig:
+    """Return the settings of this version of the catalog."""
+    return AtlasConfig.from_dict(catalog.state.config)
+
+
+def expected_objects(catalog: Catalog, record: SliceRecord) -> dict[str, str]:
+    """Return the key that every stage of a slice should have at this version, as far as it is decided.
+
+    `integrate` is missing while the catalog has no autoencoder.
+    """
+    config = atlas_config(catalog)
+    keys = {"ingest": record.objects["ingest"]}
+    keys["tile"] = _key(
+        "tile",
+        slice=keys["ingest"],
+        reference=catalog.state.reference,
+        n_bandwidth_pairs=config.propagation.n_bandwidth_pairs,
+        random_state=config.propagation.random_state,
+    )
+    keys["reference"] = _key(
+        "reference",
+        reference=catalog.state.reference,
+        panel=record.panel,
+        embedder=catalog.state.models.get("embedder"),
+    )
+    keys["propagate"] = _key("propagate", tile=keys["tile"], settings=to_dict(config.propagation))
+    keys["embed"] = _key("embed", propagate=keys["propagate"], panel=keys["reference"])
+    model = catalog.state.models.get("autoencoder")
+    if model is not None:
+        keys["integrate"] = integrate_key(keys["embed"], model)
+    return keys
+
+
+def integrate_key(embed_key: str, model_key: str) -> str:
+    """Key of a slice's 128-d embedding."""
+    return _key("integrate", embed=embed_key, model=model_key)
+
+
+def model_key(config: AtlasConfig, embed_keys: Mapping[str, str], label_key: str | None) -> str:
+    """Key of an autoencoder trained on these slices' embeddings."""
+    return _key("train", settings=to_dict(config.autoencoder), embeddings=dict(embed_keys), label_key=label_key)
+
+
+def stage_status(catalog: Catalog, record: SliceRecord) -> dict[str, Status]:
+    """Say for every stage of a slice whether its output is done, missing, or stale (made of something else)."""
+    expected = expected_objects(catalog, record)
+    status: dict[str, Status] = {}
+    for stage in STAGES:
+        held = record.objects.get(stage)
+        if held is None:
+            status[stage] = "missing"
+        else:
+            status[stage] = "done" if held == expected.get(stage) else "stale"
+    return status
+
+
+def _key(stage: str, **parts: object) -> str:
+    return digest({"stage": stage, "version": VERSIONS[stage], **parts})

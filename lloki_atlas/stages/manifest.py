@@ -1,0 +1,134 @@
+"""Manifests (`catalogs/*.toml`): an atlas described in one file, checked whole before anything is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lloki_atlas.config import AtlasConfig, load_toml
+from lloki_atlas.errors import InputError
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+@dataclass(frozen=True)
+class ReferenceSource:
+    """`[reference]`: where the scRNA-seq counts are."""
+
+    source: str
+    organism: str
+    label_key: str | None = None
+    layer: str | None = None
+
+
+@dataclass(frozen=True)
+class SliceSource:
+    """One `[[slices]]`: where a slice is and what cannot be read from it.
+
+    With `slice_key` (a column of `obs`) and no `slice_value` every value of the column is a slice of its own.
+    """
+
+    source: str
+    technology: str
+    organism: str
+    coordinate_unit: str
+    slice_id: str | None = None
+    slice_key: str | None = None
+    slice_value: str | None = None
+    um_per_unit: float | None = None
+    spatial_key: str = "spatial"
+    label_key: str | None = None
+    layer: str | None = None
+    table: str | None = None
+    empty_cells: str = "error"
+    accept_normalized: bool = False
+    gene_map: str | None = None
+    url: str | None = None  # where a user gets the file; shown when it is missing
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """`[simulate]`: sources that are made rather than found."""
+
+    n_cells: int = 8000
+    n_slices: int = 4
+    random_state: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An atlas: name, data folder, reference, slices, settings."""
+
+    path: Path
+    name: str
+    data: Path
+    reference: ReferenceSource | None
+    slices: tuple[SliceSource, ...]
+    config: AtlasConfig
+    simulation: Simulation | None = None
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and check a manifest.
+
+    `${NAME}` and `${NAME:-default}` in `data` are taken from the environment; a relative folder is relative to the
+    manifest.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, is not TOML, or says something that is not in the format.
+    """
+    path = Path(path)
+    content = load_toml(path)
+    unknown = set(content) - {"atlas", "reference", "slices", "settings", "simulate"}
+    if unknown:
+        raise InputError(f"{path} has unknown sections: {', '.join(sorted(unknown))}")
+    atlas = content.get("atlas", {})
+    if not isinstance(atlas.get("name"), str) or not atlas["name"]:
+        raise InputError(f'{path} has no name: begin with [atlas] and name = "..."')
+    simulation = _table(Simulation, content["simulate"], f"{path} [simulate]") if "simulate" in content else None
+    if simulation is None and ("reference" not in content or not content.get("slices")):
+        raise InputError(f"{path} needs [reference] and at least one [[slices]], or [simulate]")
+    reference = content.get("reference")
+    return Manifest(
+        path=path,
+        name=atlas["name"],
+        data=_data_folder(atlas.get("data", "."), path),
+        reference=None if reference is None else _table(ReferenceSource, reference, f"{path} [reference]"),
+        slices=tuple(
+            _table(SliceSource, entry, f"{path} [[slices]] number {number}")
+            for number, entry in enumerate(content.get("slices", []), start=1)
+        ),
+        config=AtlasConfig.from_dict(content.get("settings", {})),
+        simulation=simulation,
+    )
+
+
+def _table(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            raise InputError(f"{where} has an unknown key '{name}': choose from {', '.join(fields)}")
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    for name in required:
+        if name not in values:
+            raise InputError(f"{where} lacks '{name}': it needs {', '.join(required)}")
+    return kind(**values)
+
+
+def _data_folder(text: str, manifest: Path) -> Path:
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            raise InputError(f"{manifest} looks for its data in ${name}: set it to the folder that holds the files")
+        return found
+
+    folder = Path(_VARIABLE.sub(value, text)).expanduser()
+    return folder if folder.is_absolute() else manifest.resolve().parent / folder

@@ -1,0 +1,86 @@
+"""Counts of whatever form as CSR float32; a dense matrix is only ever seen a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import h5py
+import numpy as np
+from scipy import sparse
+
+BLOCK_BYTES = 8 << 20
+SPARSE_BLOCK_ROWS = 65_536
+
+
+def read_counts(matrix: Any, rows: np.ndarray | None = None) -> sparse.csr_matrix:
+    """Read a matrix, or some rows of it.
+
+    Parameters
+    ----------
+    matrix
+        `(n, n_genes)`: scipy CSR, CSC or other sparse form, numpy array, h5py dataset, h5py group or anndata's
+        backed form of a sparse matrix, dask array.
+    rows
+        Ascending row numbers; all when None.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        `(n_rows, n_genes)` float32, indices sorted, no stored zeros, no memory shared with `matrix`.
+    """
+    if isinstance(matrix, h5py.Group):
+        matrix = _backed(matrix)
+    if sparse.issparse(getattr(matrix, "_meta", None)):
+        # a lazy sparse matrix is no larger in memory than on disk
+        matrix = matrix.compute(scheduler="synchronous")
+    if getattr(matrix, "format", None) == "csc" and not sparse.issparse(matrix):
+        matrix = matrix.to_memory()
+    if sparse.issparse(matrix):
+        chosen = matrix if rows is None else sparse.csr_matrix(matrix)[rows]
+        counts = sparse.csr_matrix(chosen, dtype=np.float32, copy=True)
+    else:
+        n_genes = int(matrix.shape[1])
+        blocks = [sparse.csr_matrix((0, n_genes), dtype=np.float32), *_blocks(matrix, rows)]
+        counts = sparse.csr_matrix(sparse.vstack(blocks, format="csr"))
+    counts.sum_duplicates()
+    counts.eliminate_zeros()
+    counts.sort_indices()
+    return counts
+
+
+def _blocks(matrix: Any, rows: np.ndarray | None) -> Iterator[sparse.csr_matrix]:
+    n = int(matrix.shape[0])
+    size = _block_rows(matrix)
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        wanted = None
+        if rows is not None:
+            wanted = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start
+            if not len(wanted):
+                continue
+        block = matrix[start:stop]
+        if hasattr(block, "compute"):
+            block = block.compute(scheduler="synchronous")
+        if not sparse.issparse(block):
+            block = np.asarray(block)
+        block = sparse.csr_matrix(block if wanted is None else block[wanted])
+        yield block.astype(np.float32)
+
+
+def _block_rows(matrix: Any) -> int:
+    """Rows of a block: some megabytes of a dense matrix, and whole chunks where it is chunked on disk."""
+    if hasattr(matrix, "to_memory"):  # anndata's backed sparse matrix
+        return SPARSE_BLOCK_ROWS
+    row_bytes = max(1, int(matrix.shape[1]) * np.dtype(matrix.dtype).itemsize)
+    size = max(1, BLOCK_BYTES // row_bytes)
+    chunks = getattr(matrix, "chunks", None)
+    if isinstance(matrix, h5py.Dataset) and chunks and chunks[0] * row_bytes <= 8 * BLOCK_BYTES:
+        size = max(1, size // chunks[0]) * chunks[0]
+    return size
+
+
+def _backed(group: h5py.Group) -> Any:
+    from anndata.io import sparse_dataset
+
+    return sparse_dataset(group)

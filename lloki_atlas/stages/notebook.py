@@ -1,0 +1,124 @@
+"""LLOKI-FP alone, in memory, for notebooks: AnnData in, AnnData out, no catalog."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+
+from lloki_atlas.config import PropagationConfig, settings_from_dict
+from lloki_atlas.kernels.ordering import hilbert_order
+from lloki_atlas.kernels.propagation import diffuse
+from lloki_atlas.kernels.transport import sparsity_histogram
+from lloki_atlas.stages import propagate, tile
+from lloki_atlas.stages.checks import check_coordinates
+from lloki_atlas.stages.genes import map_symbols
+from lloki_atlas.stages.panels import PanelCounts, shared_symbols, slice_random_key
+from lloki_atlas.stages.reference import fit_reference
+from lloki_atlas.stages.sources import open_source
+from lloki_atlas.store.references import ReferenceProfile
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def propagate_slice(
+    adata: AnnData,
+    reference: AnnData | ReferenceProfile | str | Path,
+    *,
+    organism: str = "mouse",
+    slice_id: str = "slice",
+    spatial_key: str = "spatial",
+    layer: str | None = None,
+    **settings: Any,
+) -> AnnData:
+    """Run LLOKI-FP on one slice.
+
+    Parameters
+    ----------
+    adata
+        Integer counts (n_cells, n_genes) and `obsm["spatial"]` in µm.
+    reference
+        scRNA-seq counts as AnnData or h5ad, or a fitted profile.
+    organism
+        Of both.
+    slice_id
+        Names the slice's random stream.
+    spatial_key, layer
+        Where coordinates and counts are.
+    settings
+        Fields of `PropagationConfig`, such as `n_neighbors=40` or `alpha=1.0`.
+
+    Returns
+    -------
+    AnnData over the shared genes (canonical symbols), cells in the order of `adata`: `X` the denoised counts
+    α A_imp X⁰ + (1 − α) X⁰, `layers["counts"]` X⁰, `layers["propagated"]`, `obsp["propagation_graph"]` A_imp,
+    `obs["budget"]`, `obs["target_nonzeros"]`, `obs["achieved_nonzeros"]`, `uns["lloki_atlas"]` how it ended.
+
+    Raises
+    ------
+    InputError
+        If counts or coordinates cannot be used, or no gene is shared.
+    """
+    from anndata import AnnData as Annotated
+
+    config = settings_from_dict(PropagationConfig, settings, where="propagation")
+    profile = reference if isinstance(reference, ReferenceProfile) else fit_reference(reference, organism=organism)
+    source = open_source(adata, layer=layer, spatial_key=spatial_key)
+    source.require_counts(accept_normalized=False)
+    check_coordinates(source.coordinates, where=source.description)
+    order = hilbert_order(source.coordinates)
+    coordinates = np.ascontiguousarray(source.coordinates[order], dtype=np.float32)
+    panel = _panel(csr_matrix(source.counts[order]), source.symbols, profile, organism)
+    key = slice_random_key(slice_id, config)
+    statistics = tile.run_slice(panel, coordinates, settings=config, key=key)
+    own = np.diff(profile.columns(panel.symbols).indptr).astype(np.int32)
+    result = propagate.run_slice(
+        panel,
+        coordinates,
+        own_histogram=statistics["histogram"],
+        reference_histogram=sparsity_histogram(own, len(panel.symbols)),
+        bandwidth_um=float(statistics["bandwidth_um"][0]),
+        settings=config,
+        key=key,
+    )
+    counts = panel.shared_counts
+    denoised = diffuse(
+        result.graph, counts, start=0, stop=len(order), alpha=config.alpha, keep_observed=config.keep_observed
+    )
+    back = np.argsort(order, kind="stable")
+    graph = csr_matrix(
+        (result.graph.weights, result.graph.indices, result.graph.indptr), shape=(len(order), len(order))
+    )
+    out = Annotated(
+        X=denoised[back],
+        obs=adata.obs.copy(),
+        var=pd.DataFrame(index=pd.Index(panel.symbols)),
+        obsm={"spatial": np.asarray(adata.obsm[spatial_key])},
+        layers={"counts": csr_matrix(counts[back]), "propagated": csr_matrix(result.values[back])},
+        obsp={"propagation_graph": csr_matrix(graph[back][:, back])},
+        uns={
+            "lloki_atlas": {
+                "bandwidth_um": float(statistics["bandwidth_um"][0]),
+                "n_iterations": result.n_iterations,
+                "relative_change": result.relative_change,
+            }
+        },
+    )
+    out.obs["budget"] = result.budget[back]
+    out.obs["target_nonzeros"] = result.target_nonzeros[back]
+    out.obs["achieved_nonzeros"] = np.count_nonzero(result.values, axis=1)[back]
+    return out
+
+
+def _panel(
+    counts: csr_matrix, symbols: tuple[str, ...], profile: ReferenceProfile, organism: str
+) -> PanelCounts:
+    genes = map_symbols(symbols, organism=organism)
+    kept = np.flatnonzero(np.array([how != "control" for how in genes.how]))
+    position = {genes.canonical[column]: place for place, column in enumerate(kept) if genes.canonical[column]}
+    shared = shared_symbols(genes.canonical, profile.symbols)
+    return PanelCounts(csr_matrix(counts[:, kept]), np.array([position[s] for s in shared], dtype=np.int64), shared)

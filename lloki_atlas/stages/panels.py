@@ -1,0 +1,83 @@
+"""A slice's counts as the stages read them: controls left out, shared genes in canonical order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from lloki_atlas.config import PropagationConfig
+from lloki_atlas.errors import InputError
+from lloki_atlas.kernels.hashing import text_key
+from lloki_atlas.store.arrays import read_arrays
+from lloki_atlas.store.slices import SliceStore
+
+
+@dataclass(frozen=True)
+class PanelCounts:
+    """Counts of one slice and which of its genes the reference has.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_genes) CSR float32, every gene of the panel but control probes.
+    shared
+        (n_shared,) columns of the genes shared with the reference, in alphabetical order of `symbols`.
+    symbols
+        Canonical symbols of the shared genes.
+    """
+
+    counts: csr_matrix
+    shared: np.ndarray
+    symbols: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.shared):
+            raise InputError("no gene of the panel is in the reference: check the organism and the gene symbols")
+
+    @property
+    def shared_counts(self) -> csr_matrix:
+        """(n_cells, n_shared) CSR float32, zeros not stored."""
+        shared = csr_matrix(self.counts[:, self.shared])
+        shared.eliminate_zeros()
+        shared.sort_indices()
+        return shared
+
+
+def shared_symbols(symbols: tuple[str, ...], reference_symbols: tuple[str, ...]) -> tuple[str, ...]:
+    """Canonical symbols of a panel that the reference has, in alphabetical order."""
+    known = set(reference_symbols)
+    return tuple(sorted({symbol for symbol in symbols if symbol and symbol in known}))
+
+
+def panel_counts(store: SliceStore, reference_symbols: tuple[str, ...]) -> PanelCounts:
+    """Read all counts of a slice."""
+    genes = np.flatnonzero(np.array([how != "control" for how in store.mapping]))
+    column = {store.symbols[gene]: position for position, gene in enumerate(genes) if store.symbols[gene]}
+    shared = shared_symbols(store.symbols, reference_symbols)
+    return PanelCounts(
+        counts=csr_matrix(store.counts()[:, genes]),
+        shared=np.array([column[symbol] for symbol in shared], dtype=np.int64),
+        symbols=shared,
+    )
+
+
+def reference_symbols(reference_path: str) -> tuple[str, ...]:
+    """Canonical symbols of a stored reference."""
+    return tuple(str(symbol) for symbol in read_arrays(reference_path, ["symbols"])["symbols"])
+
+
+def slice_random_key(slice_id: str, settings: PropagationConfig) -> int:
+    """Key of a slice's random streams: of its id and the seed, so that no other slice shares them."""
+    return text_key(f"{slice_id}/{settings.random_state}")
+
+
+def task_memory(n_cells: int, n_genes: int, *, dense_cells: int = 0, matrices: int = 1) -> int:
+    """Projected bytes: the slice's counts as CSR at a third of the panel filled, and dense (cells, genes) float32 work.
+
+    A third is denser than all but the smallest published panels; small panels cost nothing either way.
+    """
+    sparse = n_cells * (n_genes / 3 + 8) * 12 * 2
+    dense = dense_cells * n_genes * 4 * matrices
+    return int(sparse + dense) + 64 * 2**20

@@ -1,0 +1,283 @@
+"""Named arrays in a Zarr v3 group on the local disk, cut into chunks along rows, readable with xarray.
+
+A chunk is whole rows and belongs to one writer, so tasks may write their rows of one array at the same time.
+Text is stored as variable-length strings and read back as object arrays of `str`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.errors import ContainsArrayError, ContainsGroupError
+from zarr.storage import LocalStore
+
+from lloki_atlas.errors import FormatError, InputError, NotFoundError
+
+_CHUNK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Form of one array.
+
+    Parameters
+    ----------
+    shape
+        At least one axis; the first one is rows.
+    dtype
+        numpy dtype; any text dtype means variable-length strings.
+    chunk_rows
+        Rows a chunk; a writer owns whole chunks.
+    dims
+        Name of each axis, as xarray shows them.
+    attributes
+        JSON-like, such as the unit.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    chunk_rows: int
+    dims: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "dims", tuple(self.dims))
+        if not self.shape or min(self.shape) < 0:
+            raise InputError(f"an array of shape {self.shape} cannot be stored: give at least one axis, none negative")
+        if self.chunk_rows < 1:
+            raise InputError(f"chunk_rows is {self.chunk_rows}: it has to be at least 1")
+        if len(self.dims) != len(self.shape):
+            raise InputError(f"{len(self.shape)} axes have the names {self.dims}: give one name an axis")
+        if not self.is_text and np.dtype(self.dtype).kind not in "biuf":
+            raise InputError(f"dtype {self.dtype} cannot be stored: use bool, integers, floats or text")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the elements are strings."""
+        return self.dtype is str or np.dtype(self.dtype).kind in "UOT"
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Shape of a chunk."""
+        return (self.chunk_rows, *(max(1, n) for n in self.shape[1:]))
+
+
+def create_arrays(
+    path: str | Path, specs: Mapping[str, ArraySpec], *, attributes: Mapping[str, Any] | None = None
+) -> None:
+    """Make a group with empty arrays; what is there already in the same form is left as it is.
+
+    Rows not yet written read as NaN (floats), 0, False or "".
+
+    Parameters
+    ----------
+    path
+        Folder of the group.
+    specs
+        Form of each array by name.
+    attributes
+        Attributes of the group; None leaves those of an existing group.
+
+    Raises
+    ------
+    FormatError
+        If an array of the same name but another form exists.
+    """
+    group = _make_group(Path(path), attributes)
+    for name, spec in specs.items():
+        _make_array(group, name, spec)
+
+
+def write_rows(path: str | Path, name: str, start: int, values: np.ndarray) -> None:
+    """Write whole chunks of an array; writing them again is harmless.
+
+    Parameters
+    ----------
+    path
+        Folder of the group.
+    name
+        The array.
+    start
+        First row, a multiple of the chunk's rows.
+    values
+        (k, ...) rows, ending at a chunk's or the array's end.
+
+    Raises
+    ------
+    InputError
+        If the rows are not whole chunks, or shape or dtype does not fit.
+    """
+    array = _open_array(path, name, mode="r+")
+    values = np.asarray(values)
+    n_rows, chunk_rows = array.shape[0], array.chunks[0]
+    where = f"array '{name}' of {path}"
+    if values.ndim != array.ndim or values.shape[1:] != array.shape[1:]:
+        raise InputError(f"{where} has rows of shape {array.shape[1:]}: values of shape {values.shape} do not fit")
+    stop = start + len(values)
+    if not 0 <= start <= stop <= n_rows:
+        raise InputError(f"{where} has {n_rows} rows: rows {start} to {stop} lie outside")
+    if (start % chunk_rows and start != n_rows) or (stop % chunk_rows and stop != n_rows):
+        raise InputError(
+            f"rows {start} to {stop} are not whole chunks of {where}: start and end at multiples of {chunk_rows}"
+        )
+    if _is_text(array.dtype):
+        values = values.astype(object)
+    elif not np.can_cast(values.dtype, array.dtype, casting="same_kind"):
+        raise InputError(f"{where} holds {array.dtype}: values of {values.dtype} would lose their meaning")
+    if len(values):
+        # a chunk that happens to hold only the fill value is a file too: a missing file is then always damage
+        array.with_config({"write_empty_chunks": True})[start:stop] = values
+
+
+def write_arrays(
+    path: str | Path,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    dims: Mapping[str, tuple[str, ...]] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write whole arrays at once.
+
+    Parameters
+    ----------
+    path
+        Folder of the group, made when missing.
+    arrays
+        Values by name.
+    dims
+        Names of the axes by array; `<name>_0`, `<name>_1`, … where none are given.
+    attributes
+        Attributes of the group.
+    """
+    specs = {}
+    for name, values in arrays.items():
+        values = np.asarray(values)
+        if values.dtype.kind == "O" and not all(isinstance(value, str) for value in values.flat):
+            raise InputError(f"array '{name}' holds objects that are not text: convert them first")
+        row_bytes = max(1, values.nbytes // max(1, len(values))) if values.ndim else 1
+        names = (dims or {}).get(name) or tuple(f"{name}_{axis}" for axis in range(values.ndim))
+        specs[name] = ArraySpec(values.shape, values.dtype, max(1, _CHUNK_BYTES // row_bytes), names)
+    create_arrays(path, specs, attributes=attributes)
+    for name, values in arrays.items():
+        write_rows(path, name, 0, values)
+
+
+def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Read whole arrays, all of the group's or those named.
+
+    Raises
+    ------
+    NotFoundError
+        If the group or an array of that name does not exist.
+    """
+    if names is None:
+        names = sorted(_open_group(path).array_keys())
+    return {name: read_values(_open_array(path, name), slice(None)) for name in names}
+
+
+def read_rows(path: str | Path, name: str, start: int, stop: int) -> np.ndarray:
+    """Read rows `start` to `stop` of one array; only their chunks are touched.
+
+    Raises
+    ------
+    InputError
+        If the rows lie outside the array.
+    """
+    array = _open_array(path, name)
+    if not 0 <= start <= stop <= array.shape[0]:
+        raise InputError(f"array '{name}' of {path} has {array.shape[0]} rows: rows {start} to {stop} lie outside")
+    return read_values(array, slice(start, stop))
+
+
+def read_attributes(path: str | Path) -> dict[str, Any]:
+    """Read the attributes of a group."""
+    return dict(_open_group(path).attrs)
+
+
+def read_values(array: zarr.Array, selection: Any) -> np.ndarray:
+    """Read a part of an opened array; text comes as an object array.
+
+    Raises
+    ------
+    FormatError
+        If the stored bytes cannot be decoded.
+    """
+    try:
+        values = np.asarray(array[selection])
+    except (ValueError, RuntimeError, UnicodeDecodeError) as error:
+        place = f"array '{array.path}' of {getattr(array.store, 'root', array.store)}"
+        raise FormatError(f"{place} is damaged: verify the catalog and run the stage again") from error
+    return values.astype(object) if _is_text(values.dtype) else values
+
+
+def _is_text(dtype: np.dtype) -> bool:
+    return dtype.kind in "UOT"
+
+
+def _open_group(path: str | Path, mode: Any = "r") -> zarr.Group:
+    if not (Path(path) / "zarr.json").is_file():
+        raise NotFoundError(f"there are no arrays at {path}: run the stage that writes them")
+    try:
+        # consolidated metadata may be older than the arrays
+        return zarr.open_group(LocalStore(Path(path)), mode=mode, zarr_format=3, use_consolidated=False)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise FormatError(f"{path} is not a readable Zarr v3 group: restore it or run its stage again") from error
+
+
+def _open_array(path: str | Path, name: str, mode: Any = "r") -> zarr.Array:
+    group = _open_group(path, mode)
+    if name not in group:
+        known = ", ".join(sorted(group.array_keys())) or "none"
+        raise NotFoundError(f"there is no array '{name}' in {path}: its arrays are {known}")
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise FormatError(f"'{name}' in {path} is a group where an array is expected")
+    return array
+
+
+def _make_group(path: Path, attributes: Mapping[str, Any] | None) -> zarr.Group:
+    if not (path / "zarr.json").exists():
+        try:
+            return zarr.create_group(LocalStore(path), zarr_format=3, attributes=dict(attributes or {}))
+        except ContainsGroupError:  # another task was first
+            pass
+    group = _open_group(path, "r+")
+    if attributes is not None and dict(group.attrs) != dict(attributes):
+        return group.update_attributes(dict(attributes))
+    return group
+
+
+def _make_array(group: zarr.Group, name: str, spec: ArraySpec) -> None:
+    is_float = not spec.is_text and np.dtype(spec.dtype).kind == "f"
+    # vectors of floats hardly compress (1.1 times) and read several times slower when they are
+    compression: dict[str, Any] = {"compressors": None} if is_float and len(spec.shape) > 1 else {}
+    try:
+        group.create_array(
+            name,
+            shape=spec.shape,
+            dtype=str if spec.is_text else np.dtype(spec.dtype),
+            chunks=spec.chunks,
+            fill_value=np.nan if is_float else None,
+            dimension_names=spec.dims,
+            attributes=dict(spec.attributes),
+            **compression,
+        )
+    except ContainsArrayError:
+        _compare(group, name, spec)
+
+
+def _compare(group: zarr.Group, name: str, spec: ArraySpec) -> None:
+    array = group[name]
+    same_dtype = _is_text(array.dtype) if spec.is_text else array.dtype == np.dtype(spec.dtype)
+    same_form = (array.shape, array.chunks, array.metadata.dimension_names) == (spec.shape, spec.chunks, spec.dims)
+    if not (same_dtype and same_form):
+        raise FormatError(
+            f"array '{name}' in {group.store_path} exists with shape {array.shape} of {array.dtype} where "
+            f"{spec.shape} of {np.dtype(spec.dtype)} is to be written: remove the folder and run again"
+        )
