@@ -23,7 +23,7 @@ _PUBLIC = {
     "propagate_slice": "lloki_atlas.stages.notebook",
     "run": "lloki_atlas.stages.pipeline",
     "select_cells": "lloki_atlas.query",
-    "simulate": "lloki_atlas.simulate",
+    "simulate": "lloki_atlas.simulation",
     "status": "lloki_atlas.stages.pipeline",
     "train_autoencoder": "lloki_atlas.stages.pipeline",
     "verify": "lloki_atlas.store.catalog",
@@ -34,7 +34,7 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from lloki_atlas.config import AtlasConfig
     from lloki_atlas.query import nearest_cells, select_cells
-    from lloki_atlas.simulate import simulate
+    from lloki_atlas.simulation import simulate
     from lloki_atlas.stages.build import build
     from lloki_atlas.stages.create import create_catalog
     from lloki_atlas.stages.ingest import ingest

@@ -34,7 +34,7 @@ def demo(
 ) -> None:
     """Simulate four slices of four platforms, build an atlas of them and ask it a question."""
     from lloki_atlas.query import nearest_cells, select_cells
-    from lloki_atlas.simulate import simulate as make
+    from lloki_atlas.simulation import simulate as make
     from lloki_atlas.stages.build import build as construct
 
     typer.echo(f"simulating {cells:,} cells of four platforms in {folder / 'sources'}", err=True)
@@ -71,7 +71,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Write seeded slices of four platforms, a matching reference and a manifest (`atlas.toml`)."""
-    from lloki_atlas.simulate import simulate as make
+    from lloki_atlas.simulation import simulate as make
 
     manifest = make(folder, n_cells=cells, n_slices=slices, random_state=seed)
     emit({"manifest": str(manifest)}, as_json=as_json, text=f"{manifest}\nbuild it: lloki-atlas build {manifest}")

@@ -124,7 +124,6 @@ def _execute(tasks: tuple[Task, ...], client: Any, *, progress: bool) -> Outcome
         task = next(waiting, None)
         if task is None:
             return False
-        bars.start(task.stage)
         needs = [futures[name] for name in task.requires]
         future = client.submit(run_task, task, *needs, key=f"{task.name}-{run_id}", pure=False)
         futures[task.name] = future

@@ -13,7 +13,10 @@ class Progress:
 
     def __init__(self, tasks: Iterable[Task], *, enabled: bool) -> None:
         self._totals: dict[str, int] = {}
+        self._first: dict[str, Task] = {}
+        self._done: set[str] = set()
         for task in tasks:
+            self._first.setdefault(task.stage, task)
             self._totals[task.stage] = self._totals.get(task.stage, 0) + task.n_cells
         self._enabled = enabled and bool(self._totals)
 
@@ -26,7 +29,7 @@ class Progress:
             from rich.text import Text
 
             class CellRate(ProgressColumn):
-                """Cells per second since the stage's first finished task began to count."""
+                """Cells per second since the stage's first task could start."""
 
                 def render(self, task: Bar) -> Text:
                     elapsed = task.finished_time or task.elapsed
@@ -44,21 +47,22 @@ class Progress:
             self._ids = {
                 stage: self._bars.add_task(stage, total=total, start=False) for stage, total in self._totals.items()
             }
-            self._started: set[str] = set()
             self._bars.start()
+            self._start_ready()
         return self
-
-    def start(self, stage: str) -> None:
-        """Start the clock of a stage: its first task is about to run."""
-        if self._enabled and stage not in self._started:
-            self._started.add(stage)
-            self._bars.start_task(self._ids[stage])
 
     def advance(self, task: Task) -> None:
         """Count a finished task's cells."""
         if self._enabled:
-            self.start(task.stage)
+            self._done.add(task.name)
+            self._start_ready()
             self._bars.advance(self._ids[task.stage], task.n_cells)
+
+    def _start_ready(self) -> None:
+        """Start the clock of every stage whose first task waits for nothing any more."""
+        for stage in [stage for stage, task in self._first.items() if self._done.issuperset(task.requires)]:
+            del self._first[stage]
+            self._bars.start_task(self._ids[stage])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -14,8 +14,6 @@ from numpy.typing import DTypeLike, NDArray
 
 from lloki_atlas.errors import InputError
 
-WORD = (1 << 64) - 1
-
 
 class CsrArrays(NamedTuple):
     """The three arrays of a CSR matrix in the kernels' types, canonical: sorted columns, no duplicates."""
@@ -110,8 +108,3 @@ def csr_arrays(matrix: Any, *, name: str, negative: bool = False) -> CsrArrays:
     indptr = array(matrix.indptr, np.int64, name=f"{name}.indptr", shape=(matrix.shape[0] + 1,))
     indices = array(matrix.indices, np.int32, name=f"{name}.indices", shape=(data.shape[0],))
     return CsrArrays(indptr, indices, data, (int(matrix.shape[0]), int(matrix.shape[1])))
-
-
-def word(key: int) -> np.uint64:
-    """Return an integer key as the 64-bit word that a kernel hashes."""
-    return np.uint64(int(key) & WORD)

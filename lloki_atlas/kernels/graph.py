@@ -11,8 +11,8 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from lloki_atlas.errors import InputError
-from lloki_atlas.kernels.checks import array, finite, word
-from lloki_atlas.kernels.hashing import mix, uniform
+from lloki_atlas.kernels.checks import array, finite
+from lloki_atlas.kernels.hashing import absorb, mix, uniform
 from lloki_atlas.kernels.neighbors import Neighbors
 
 
@@ -70,7 +70,7 @@ def sample_bandwidth(coordinates: ArrayLike, *, n_pairs: int, key: int) -> float
     points = finite(array(coordinates, np.float32, name="coordinates", shape=(None, 2)), name="coordinates")
     if points.shape[0] == 0 or n_pairs < 1:
         raise InputError(f"{points.shape[0]} cells and {n_pairs} pairs: a bandwidth needs at least one of each")
-    return float(_mean_distance(points, n_pairs, word(key))) if points.shape[0] > 1 else 0.0
+    return float(_mean_distance(points, n_pairs, np.uint64(mix(key)))) if points.shape[0] > 1 else 0.0
 
 
 def build_graph(neighbors: Neighbors, coordinates: ArrayLike, *, bandwidth_um: float, self_loops: bool = True) -> Graph:
@@ -112,12 +112,13 @@ def build_graph(neighbors: Neighbors, coordinates: ArrayLike, *, bandwidth_um: f
 
 
 @njit(nogil=True, cache=True)
-def _mean_distance(points: NDArray[Any], n_pairs: int, key: np.uint64) -> float:
+def _mean_distance(points: NDArray[Any], n_pairs: int, seed: np.uint64) -> float:
     n = points.shape[0]
     total = 0.0
     for pair in range(n_pairs):
-        i = int(uniform(mix(key, np.uint64(pair), np.uint64(0))) * n)
-        j = int(uniform(mix(key, np.uint64(pair), np.uint64(1))) * (n - 1))
+        state = absorb(seed, np.uint64(pair))
+        i = int(uniform(absorb(state, np.uint64(0))) * n)
+        j = int(uniform(absorb(state, np.uint64(1))) * (n - 1))
         j += j >= i
         x, y = np.float64(points[i, 0]) - points[j, 0], np.float64(points[i, 1]) - points[j, 1]
         total += math.sqrt(x * x + y * y)

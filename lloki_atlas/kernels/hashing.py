@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from numba import literal_unroll, njit
+from numba import njit
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
+_WORD = (1 << 64) - 1
 _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
 
 
@@ -29,8 +30,13 @@ def absorb(state: np.uint64, word: np.uint64) -> np.uint64:
 
 
 @njit(nogil=True, cache=True)
-def mix(*words: int | np.uint64) -> np.uint64:
-    """Return the 64-bit hash of a sequence of words; `mix(a, b) == absorb(mix(a), b)`.
+def uniform(value: np.uint64) -> float:
+    """Turn a hash into a float64 in [0, 1): its upper 53 bits."""
+    return np.float64(value >> _S11) * 2.0**-53
+
+
+def mix(*words: int) -> int:
+    """Return the 64-bit hash of a sequence of words, for Python; kernels go on from it with `absorb`.
 
     Parameters
     ----------
@@ -39,19 +45,13 @@ def mix(*words: int | np.uint64) -> np.uint64:
 
     Returns
     -------
-    numpy.uint64
-        From Python it comes back as a plain int.
+    int
+        From 0 to 2^64 − 1; `mix(a, b)` is `absorb(mix(a), b)`.
     """
     state = np.uint64(0)
-    for word in literal_unroll(words):
-        state = absorb(state, np.uint64(word))
-    return state
-
-
-@njit(nogil=True, cache=True)
-def uniform(value: int | np.uint64) -> float:
-    """Turn a hash into a float64 in [0, 1): its upper 53 bits."""
-    return np.float64(np.uint64(value) >> _S11) * 2.0**-53
+    for word in words:
+        state = np.uint64(absorb(state, np.uint64(int(word) & _WORD)))
+    return int(state)
 
 
 def text_key(text: str) -> int:

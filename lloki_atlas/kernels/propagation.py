@@ -12,7 +12,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from lloki_atlas.errors import InputError
-from lloki_atlas.kernels.checks import array, csr_arrays, word
+from lloki_atlas.kernels.checks import array, csr_arrays
 from lloki_atlas.kernels.graph import Graph
 from lloki_atlas.kernels.hashing import absorb, mix
 
@@ -91,7 +91,7 @@ def propagate(
     following = np.empty_like(current)
     n_iterations, relative = 0, math.inf
     while n_iterations < max_iterations and relative >= tolerance:
-        change, norm = _iterate(*arrays, current, following, state, drawn, allowed, word(key))
+        change, norm = _iterate(*arrays, current, following, state, drawn, allowed, np.uint64(mix(key)))
         current, following = following, current
         n_iterations += 1
         relative = math.sqrt(change / norm) if norm > 0 else 0.0
@@ -116,7 +116,7 @@ def _iterate(
     state: NDArray[np.uint8],
     drawn: NDArray[np.bool_],
     budget: NDArray[Any],
-    key: np.uint64,
+    seed: np.uint64,
 ) -> tuple[float, float]:
     n, n_genes = current.shape
     # one sum a gene: the loop over genes vectorises and the order of summation stays that of the rows
@@ -129,7 +129,7 @@ def _iterate(
             for g in range(n_genes):
                 filled += (marks[g] == _UNKNOWN) & (row[g] != 0)
             if filled > budget[i]:
-                _draw_support(mix(key, np.uint64(i)), budget[i], filled, row, marks)
+                _draw_support(absorb(seed, np.uint64(i)), budget[i], filled, row, marks)
                 drawn[i] = True
         for g in range(n_genes):
             unknown = row[g] if marks[g] == _UNKNOWN else np.float32(0)

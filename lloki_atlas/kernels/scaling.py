@@ -64,7 +64,12 @@ def gene_moments(counts: Any, totals: ArrayLike, *, target_total: float) -> Gene
 
 
 def scaled_components(
-    counts: Any, *, n_components: int, target_total: float = 100.0, clip: float = 5.0
+    counts: Any,
+    *,
+    n_components: int,
+    target_total: float = 100.0,
+    clip: float = 5.0,
+    totals: ArrayLike | None = None,
 ) -> NDArray[np.float32]:
     """Return the first principal components of z-scored log counts.
 
@@ -83,6 +88,8 @@ def scaled_components(
         The library size that every cell is brought to.
     clip
         Largest absolute z.
+    totals
+        `(n_cells,)` library sizes, when `counts` holds only some of the genes; row sums when None.
 
     Returns
     -------
@@ -101,7 +108,12 @@ def scaled_components(
     if n_components < 1 or not clip > 0:
         raise InputError(f"n_components is {n_components} and clip {clip}: both have to be positive")
     k = max(1, min(n_components, n_genes, n - 1))
-    scale = _library_scale(_row_sums(matrix.indptr, matrix.data), target_total)
+    library = (
+        _row_sums(matrix.indptr, matrix.data)
+        if totals is None
+        else array(totals, np.float64, name="totals", shape=(n,))
+    )
+    scale = _library_scale(library, target_total)
     moments = _moments(matrix, scale)
     spread = moments.sd + SD_FLOOR
     absent = np.clip(-moments.mean / spread, -clip, clip)

@@ -8,6 +8,7 @@ A platform is a (technology, gene panel), written "technology|panel".
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -139,11 +140,11 @@ class FrozenEncoder:
         with single_thread(), torch.no_grad():
             for start in range(0, len(values), BLOCK_ROWS):
                 rows = values[start : start + BLOCK_ROWS]
-                finite = np.isfinite(rows).all(axis=1)
-                block[: len(rows)] = np.where(finite[:, None], rows, np.float32(0))
+                finite = np.all(np.isfinite(rows), axis=1, keepdims=True)
+                block[: len(rows)] = np.where(finite, rows, np.float32(0))
                 block[len(rows) :] = 0
                 found = self._model.encode(torch.from_numpy(block), code).numpy()[: len(rows)]
-                latents[start : start + len(rows)] = np.where(finite[:, None], found, np.float32(np.nan))
+                latents[start : start + len(rows)] = np.where(finite, found, np.float32(np.nan))
         return latents
 
     def _code(self, platform: str | int) -> int:
@@ -176,7 +177,7 @@ def _tokens(n_platforms: int, token_size: int, generator: torch.Generator) -> nn
 def _layers(sizes: Sequence[int], generator: torch.Generator) -> nn.ModuleList:
     """Linear layers with torch's usual start, uniform within 1 / sqrt(inputs), from an own generator."""
     layers = nn.ModuleList()
-    for n_inputs, n_outputs in zip(sizes, sizes[1:], strict=False):
+    for n_inputs, n_outputs in itertools.pairwise(sizes):
         layer = skip_init(nn.Linear, n_inputs, n_outputs, dtype=torch.float32)
         with torch.no_grad():
             layer.weight.uniform_(-(n_inputs**-0.5), n_inputs**-0.5, generator=generator)

@@ -170,7 +170,9 @@ class ScGPTFactory:
 
     def digest(self, config: EmbedderConfig) -> str:
         """Digest of the checkpoint's content, wherever it lies."""
-        return digest({"name": "scgpt", "checkpoint": _load_scgpt(config).digest, "version": 1})
+        from lloki_atlas.models.checkpoint import checkpoint_digest
+
+        return digest({"name": "scgpt", "checkpoint": checkpoint_digest(str(config.checkpoint)), "version": 1})
 
 
 class _ScGPTEmbedder:
@@ -201,7 +203,7 @@ def _load_scgpt(config: EmbedderConfig):  # type: ignore[no-untyped-def]
     place = (str(config.checkpoint), config.device)
     if place not in _loaded:
         _loaded.clear()  # one model a process: a worker serves one atlas at a time
-        _loaded[place] = load_scgpt(config.checkpoint, device=config.device)
+        _loaded[place] = load_scgpt(str(config.checkpoint), device=config.device)
     return _loaded[place]
 
 

@@ -25,7 +25,8 @@ from lloki_atlas.models.tokens import TokenRows, Vocabulary, lookup_genes, token
 # scGPT clips values before its value encoder
 _MAX_VALUE = 512.0
 _PAD_MULTIPLE = 32
-_BATCH_TOKENS = 4096
+# tokens in one batch: enough to keep the device busy; what the last batch of a length leaves empty is computed too
+_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
 _Affine = tuple[torch.Tensor, torch.Tensor]
 
@@ -140,11 +141,12 @@ def embed_cells(model: ScGPT, rows: Any, genes: Sequence[str]) -> Embedded:
     lengths = np.diff(tokens.indptr)
     # a multiple of 32 keeps every cell's block aligned alike in memory
     padded = np.where(lengths > 0, -(-(lengths + 1) // _PAD_MULTIPLE) * _PAD_MULTIPLE, 0)
+    batch_tokens = _BATCH_TOKENS.get(model.gene_table.device.type, _BATCH_TOKENS["cuda"])
     values = np.full((len(lengths), settings.embsize), np.nan, dtype=np.float32)
     with _fixed_arithmetic():
         for length in np.unique(padded[padded > 0]).tolist():
             cells = np.flatnonzero(padded == length)
-            size = max(1, _BATCH_TOKENS // length)
+            size = max(1, batch_tokens // length)
             for start in range(0, len(cells), size):
                 batch = cells[start : start + size]
                 values[batch] = _encode(model, *_batch(model, tokens, batch, (size, length)))[: len(batch)]

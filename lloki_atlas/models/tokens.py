@@ -144,11 +144,22 @@ def bin_values(values: np.ndarray, *, n_bins: int) -> np.ndarray:
     numpy.ndarray
         (n_values,) int64, 1 to n_bins - 1.
     """
-    edges = np.quantile(values, np.linspace(0, 1, n_bins - 1))
+    edges = _quantiles(values, np.linspace(0, 1, n_bins - 1))
     below = np.searchsorted(edges, values, side="left")
     upto = np.searchsorted(edges, values, side="right")
     # an edge interpolated between two values may be rounded past the outermost of them
     return np.clip((below + 1 + upto) // 2, 1, n_bins - 1)
+
+
+def _quantiles(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """numpy.quantile of one cell to the last bit, without its overhead of a hundred microseconds a call."""
+    ascending = np.sort(values)
+    place = at * (len(ascending) - 1)
+    lower = np.floor(place).astype(np.int64)
+    weight = place - lower
+    left, right = ascending[lower], ascending[np.minimum(lower + 1, len(ascending) - 1)]
+    step = right - left
+    return np.where(weight >= 0.5, right - step * (1 - weight), left + step * weight)
 
 
 def tokenize(rows: Any, columns: np.ndarray, *, n_bins: int, max_genes: int) -> TokenRows:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lloki_atlas.config import to_dict
 from lloki_atlas.errors import InputError, NotFoundError
-from lloki_atlas.stages.create import create_catalog
+from lloki_atlas.stages.create import create_catalog, located
 from lloki_atlas.stages.ingest import ingest
 from lloki_atlas.stages.manifest import Manifest, SliceSource, read_manifest
 from lloki_atlas.stages.pipeline import run
@@ -48,6 +48,8 @@ def build(
     """
     described = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     location = Path(root) if root is not None else Path(f"{described.name}.atlas")
+    if described.simulation is not None:
+        described = _simulated(described, location)
     slices = [part for entry in described.slices for part in _sections(described, entry)]
     ids = [str(entry.slice_id) for entry in slices]
     for name in ids:
@@ -59,13 +61,21 @@ def build(
     return run(catalog, client=client, progress=progress, n_workers=n_workers)
 
 
+def _simulated(manifest: Manifest, location: Path) -> Manifest:
+    """Make the sources beside the catalog; equal settings make equal files, which ingest then recognises."""
+    from lloki_atlas.simulation import simulate
+
+    sources = simulate(location.with_name(f"{location.name}.sources"), **asdict(manifest.simulation))  # type: ignore[arg-type]
+    return replace(read_manifest(sources), name=manifest.name, path=manifest.path, config=manifest.config)
+
+
 def _open_or_create(manifest: Manifest, location: Path) -> Catalog:
     try:
         catalog = open_catalog(location, mode="r+")
     except NotFoundError:
         catalog = None
     if catalog is not None:
-        if catalog.state.config != to_dict(manifest.config):
+        if catalog.state.config != to_dict(located(manifest.config)):
             raise InputError(
                 f"{location} was built with other settings than {manifest.path}: build into another folder with --root"
             )

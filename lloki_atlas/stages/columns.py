@@ -29,12 +29,13 @@ def storable_obs(obs: pd.DataFrame, *, reserved: tuple[str, ...] = ()) -> tuple[
     The table, and the stored name of every column that it holds.
     """
     taken = {name.lower() for name in reserved}
+    originals = {str(name).lower() for name in obs.columns}
     names: dict[str, str] = {}
     columns: dict[str, Any] = {}
     for position, original in enumerate(obs.columns):
         if original in reserved or str(original) in names:
             continue
-        name = _free_name(str(original), taken)
+        name = _free_name(str(original), taken, originals)
         taken.add(name.lower())
         names[str(original)] = name
         columns[name] = storable_column(obs.iloc[:, position])
@@ -48,11 +49,11 @@ def storable_column(column: pd.Series) -> Any:
         return _storable_categories(column)
     if isinstance(dtype, np.dtype) and dtype.kind in "biuf":
         return column.to_numpy(dtype=np.float32 if dtype == np.float16 else dtype)
-    if pd.api.types.is_bool_dtype(dtype) and not column.isna().any():
-        return column.to_numpy(dtype=bool)
-    if pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_complex_dtype(dtype):
-        whole = pd.api.types.is_integer_dtype(dtype) and not column.isna().any()
-        return column.to_numpy(dtype=np.int64) if whole else column.to_numpy(dtype=np.float64, na_value=np.nan)
+    if isinstance(column.array, pd.arrays.IntegerArray | pd.arrays.BooleanArray):
+        missing = column.isna().any()
+        return column.array if missing else column.to_numpy(dtype=getattr(dtype, "numpy_dtype", bool))
+    if pd.api.types.is_float_dtype(dtype):
+        return column.to_numpy(dtype=np.float64, na_value=np.nan)
     return _storable_text(column)
 
 
@@ -76,10 +77,12 @@ def _storable_text(column: pd.Series) -> Any:
     return pd.Categorical(text)
 
 
-def _free_name(original: str, taken: set[str]) -> str:
-    base = _REFUSED.sub("_", original).lstrip("_") if original.startswith("__") else _REFUSED.sub("_", original)
+def _free_name(original: str, taken: set[str], originals: set[str]) -> str:
+    """Nearest name that is accepted and free; a changed one does not take another column's own name."""
+    base = _REFUSED.sub("_", original)
+    base = base.lstrip("_") if base.startswith("__") else base
     base = base if base not in ("", ".", "..", "_index") else "column"
-    name, number = base, 1
-    while name.lower() in taken:
+    name, number = base, 2
+    while name.lower() in taken or (name != original and name.lower() in originals):
         name, number = f"{base}_{number}", number + 1
     return name

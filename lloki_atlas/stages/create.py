@@ -12,7 +12,7 @@ from lloki_atlas.config import AtlasConfig, EmbedderConfig, canonical_json, dige
 from lloki_atlas.errors import InputError
 from lloki_atlas.models.embedders import embedder_factory
 from lloki_atlas.stages.reference import fit_reference
-from lloki_atlas.store.catalog import Catalog, commit, create_store
+from lloki_atlas.store.catalog import Catalog, create_store, vacant
 from lloki_atlas.store.objects import is_complete, publish
 from lloki_atlas.store.records import Change
 from lloki_atlas.store.references import ReferenceProfile, write_reference
@@ -68,9 +68,8 @@ def create_catalog(
     config = config or AtlasConfig()
     if embedder is not None:
         config = dataclasses.replace(config, embedder=parse_embedder(embedder, config.embedder))
-    if config.embedder.checkpoint is not None:
-        absolute = str(Path(config.embedder.checkpoint).resolve())
-        config = dataclasses.replace(config, embedder=dataclasses.replace(config.embedder, checkpoint=absolute))
+    config = located(config)
+    catalog = vacant(location)
     embedder_digest = embedder_factory(config.embedder.name).digest(config.embedder)
     if isinstance(reference, ReferenceProfile):
         profile = reference
@@ -81,10 +80,20 @@ def create_catalog(
             reference, organism=organism, label_key=label_key, layer=layer, n_factors=config.embedder.n_factors
         )
     # everything that can be refused has been; from here on only the disk can fail
-    catalog = create_store(location, Change(config=to_dict(config)), message="create")
-    key = _write_embedder(catalog, config.embedder, embedder_digest)
-    change = Change(reference=_write_reference(catalog, profile), models={"embedder": key})
-    return commit(catalog, change, message="reference and embedder")
+    change = Change(
+        config=to_dict(config),
+        reference=_write_reference(catalog, profile),
+        models={"embedder": _write_embedder(catalog, config.embedder, embedder_digest)},
+    )
+    return create_store(location, change, message="create")
+
+
+def located(config: AtlasConfig) -> AtlasConfig:
+    """The same settings with the checkpoint's folder absolute, so that workers elsewhere find it."""
+    if config.embedder.checkpoint is None:
+        return config
+    absolute = str(Path(config.embedder.checkpoint).resolve())
+    return dataclasses.replace(config, embedder=dataclasses.replace(config.embedder, checkpoint=absolute))
 
 
 def _write_reference(catalog: Catalog, profile: ReferenceProfile) -> str:

@@ -5,6 +5,7 @@ T is the embedder's own input scale (the identity for scGPT). The denoised rows 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from lloki_atlas.config import EmbedderConfig, PropagationConfig, to_dict
 from lloki_atlas.engine.plan import Output, Task
 from lloki_atlas.errors import CheckpointError
-from lloki_atlas.kernels.propagation import Graph, diffuse
+from lloki_atlas.kernels.diffusion import diffuse
+from lloki_atlas.kernels.graph import Graph
 from lloki_atlas.models.embedders import EMBEDDING_SIZE, Embedder, embedder_factory
 from lloki_atlas.stages.lineage import atlas_config
 from lloki_atlas.stages.panels import PanelCounts, panel_counts, reference_symbols, task_memory
@@ -149,12 +151,12 @@ def tile_tasks(
     """Tasks that fill one (n_cells, size) array of a slice tile by tile, and the one that publishes it."""
     name, size, dtype = array
     tile_cells = SliceStore(catalog.path("slices", record.objects["ingest"])).tile_cells
-    output = {
-        "path": str(catalog.path("embeddings", key)),
-        "staging": str(catalog.path("staging", key)),
-        "lineage": lineage,
-        "attributes": {"slice_id": record.slice_id},
-        "specs": {
+    output = Output(
+        path=str(catalog.path("embeddings", key)),
+        staging=str(catalog.path("staging", key)),
+        lineage=lineage,
+        attributes={"slice_id": record.slice_id},
+        specs={
             name: ArraySpec(
                 shape=(record.n_cells, size),
                 dtype=dtype,
@@ -163,14 +165,14 @@ def tile_tasks(
                 attributes={},
             )
         },
-    }
+    )
     tiles = [
         Task(
             name=f"{stage}/{record.slice_id}/{start}",
             stage=stage,
             function=function,
             arguments={**arguments, "start": start, "stop": min(start + tile_cells, record.n_cells)},
-            output=Output(rows=start, **output),
+            output=replace(output, rows=start),
             n_cells=min(tile_cells, record.n_cells - start),
             projected_memory=memory(min(tile_cells, record.n_cells)),
             slice_id=record.slice_id,
@@ -182,7 +184,7 @@ def tile_tasks(
         stage=stage,
         function="",
         arguments={},
-        output=Output(**output),
+        output=output,
         requires=tuple(tile.name for tile in tiles),
         slice_id=record.slice_id,
     )

@@ -12,8 +12,8 @@ from lloki_atlas.config import AutoencoderConfig, to_dict
 from lloki_atlas.engine.plan import Output, Task
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.hashing import text_key
-from lloki_atlas.models.autoencoder import FrozenEncoder, load_encoder
-from lloki_atlas.models.training import save_checkpoint, train_autoencoder_on
+from lloki_atlas.models.autoencoder import FrozenEncoder
+from lloki_atlas.models.training import load_encoder, save_checkpoint, train_autoencoder_on
 from lloki_atlas.stages.embed import tile_tasks
 from lloki_atlas.stages.lineage import atlas_config
 from lloki_atlas.store.arrays import read_arrays, read_rows

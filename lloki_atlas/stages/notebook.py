@@ -10,13 +10,11 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from lloki_atlas.config import PropagationConfig, settings_from_dict
-from lloki_atlas.kernels.ordering import hilbert_order
-from lloki_atlas.kernels.propagation import diffuse
+from lloki_atlas.kernels.diffusion import diffuse
 from lloki_atlas.kernels.transport import sparsity_histogram
 from lloki_atlas.stages import propagate, tile
-from lloki_atlas.stages.checks import check_coordinates
-from lloki_atlas.stages.genes import map_symbols
-from lloki_atlas.stages.panels import PanelCounts, shared_symbols, slice_random_key
+from lloki_atlas.stages.panels import select_panel, slice_random_key
+from lloki_atlas.stages.prepare import SOURCE_ROW, prepare_slice
 from lloki_atlas.stages.reference import fit_reference
 from lloki_atlas.stages.sources import open_source
 from lloki_atlas.store.references import ReferenceProfile
@@ -30,6 +28,8 @@ def propagate_slice(
     reference: AnnData | ReferenceProfile | str | Path,
     *,
     organism: str = "mouse",
+    coordinate_unit: str = "micrometer",
+    um_per_unit: float | None = None,
     slice_id: str = "slice",
     spatial_key: str = "spatial",
     layer: str | None = None,
@@ -40,11 +40,13 @@ def propagate_slice(
     Parameters
     ----------
     adata
-        Integer counts (n_cells, n_genes) and `obsm["spatial"]` in µm.
+        Integer counts (n_cells, n_genes) and `obsm["spatial"]`.
     reference
         scRNA-seq counts as AnnData or h5ad, or a fitted profile.
     organism
         Of both.
+    coordinate_unit, um_per_unit
+        Of `obsm["spatial"]`, as for `ingest`.
     slice_id
         Names the slice's random stream.
     spatial_key, layer
@@ -67,12 +69,19 @@ def propagate_slice(
 
     config = settings_from_dict(PropagationConfig, settings, where="propagation")
     profile = reference if isinstance(reference, ReferenceProfile) else fit_reference(reference, organism=organism)
-    source = open_source(adata, layer=layer, spatial_key=spatial_key)
-    source.require_counts(accept_normalized=False)
-    check_coordinates(source.coordinates, where=source.description)
-    order = hilbert_order(source.coordinates)
-    coordinates = np.ascontiguousarray(source.coordinates[order], dtype=np.float32)
-    panel = _panel(csr_matrix(source.counts[order]), source.symbols, profile, organism)
+    prepared = prepare_slice(
+        open_source(adata, layer=layer, spatial_key=spatial_key),
+        slice_id=slice_id,
+        technology="in memory",
+        organism=organism,
+        coordinate_unit=coordinate_unit,
+        um_per_unit=um_per_unit,
+        reference_symbols=profile.symbols,
+        empty_cells="keep",
+    )
+    panel = select_panel(prepared.counts, prepared.genes.canonical, prepared.genes.how, profile.symbols)
+    coordinates = prepared.coordinates
+    order = prepared.obs[SOURCE_ROW].to_numpy()
     key = slice_random_key(slice_id, config)
     statistics = tile.run_slice(panel, coordinates, settings=config, key=key)
     own = np.diff(profile.columns(panel.symbols).indptr).astype(np.int32)
@@ -112,13 +121,3 @@ def propagate_slice(
     out.obs["target_nonzeros"] = result.target_nonzeros[back]
     out.obs["achieved_nonzeros"] = np.count_nonzero(result.values, axis=1)[back]
     return out
-
-
-def _panel(
-    counts: csr_matrix, symbols: tuple[str, ...], profile: ReferenceProfile, organism: str
-) -> PanelCounts:
-    genes = map_symbols(symbols, organism=organism)
-    kept = np.flatnonzero(np.array([how != "control" for how in genes.how]))
-    position = {genes.canonical[column]: place for place, column in enumerate(kept) if genes.canonical[column]}
-    shared = shared_symbols(genes.canonical, profile.symbols)
-    return PanelCounts(csr_matrix(counts[:, kept]), np.array([position[s] for s in shared], dtype=np.int64), shared)

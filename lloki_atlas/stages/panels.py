@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,11 +54,28 @@ def shared_symbols(symbols: tuple[str, ...], reference_symbols: tuple[str, ...])
 
 def panel_counts(store: SliceStore, reference_symbols: tuple[str, ...]) -> PanelCounts:
     """Read all counts of a slice."""
-    genes = np.flatnonzero(np.array([how != "control" for how in store.mapping]))
-    column = {store.symbols[gene]: position for position, gene in enumerate(genes) if store.symbols[gene]}
-    shared = shared_symbols(store.symbols, reference_symbols)
+    return select_panel(store.counts(), store.symbols, store.mapping, reference_symbols)
+
+
+def select_panel(
+    counts: csr_matrix, symbols: Sequence[str], mapping: Sequence[str], reference_symbols: tuple[str, ...]
+) -> PanelCounts:
+    """Leave out control probes and find the genes that the reference has.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_columns) CSR float32, every column of the source.
+    symbols, mapping
+        Canonical symbol ("" without one) and kind of mapping of every column.
+    reference_symbols
+        Canonical symbols of the reference.
+    """
+    genes = np.flatnonzero(np.array([how != "control" for how in mapping]))
+    column = {symbols[gene]: position for position, gene in enumerate(genes) if symbols[gene]}
+    shared = shared_symbols(tuple(symbols), reference_symbols)
     return PanelCounts(
-        counts=csr_matrix(store.counts()[:, genes]),
+        counts=csr_matrix(counts[:, genes]),
         shared=np.array([column[symbol] for symbol in shared], dtype=np.int64),
         symbols=shared,
     )

@@ -172,8 +172,8 @@ def _choose_model(catalog: Catalog, names: list[str], train_on: Iterable[str] | 
         platform = integrate.platform_name(catalog.slice(name))
         if platform not in description["platforms"]:
             raise InputError(
-                f"the encoder has no token for slice '{name}' ({catalog.slice(name).technology}, a new panel): train it "
-                "anew with `lloki-atlas train`, or stop at the 512-d embedding with until='embed'"
+                f"the encoder has no token for slice '{name}' ({catalog.slice(name).technology}, a new panel): train "
+                "it anew with `lloki-atlas train`, or stop at the 512-d embedding with until='embed'"
             )
     return _Model(current, tuple(trained), label_key, train=False)
 
@@ -209,9 +209,10 @@ def _commit(catalog: Catalog, chosen: Keys, model: _Model | None, outcome: Outco
         if {**record.objects, **held} != dict(record.objects):
             slices[name] = dataclasses.replace(record, objects={**record.objects, **held})
     models = {}
-    if model is not None and model.key != catalog.state.models.get("autoencoder"):
-        if is_complete(catalog.path("models", model.key)):
-            models["autoencoder"] = model.key
+    if model is not None and is_complete(catalog.path("models", model.key)):
+        models["autoencoder"] = model.key
+    if models == {"autoencoder": catalog.state.models.get("autoencoder")}:
+        models = {}
     if not slices and not models:
         return catalog
     return commit(catalog, Change(slices=slices, models=models), message=f"run: {len(slices)} slices")

@@ -14,8 +14,9 @@ from scipy.sparse import csr_matrix
 
 from lloki_atlas.config import PropagationConfig, to_dict
 from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.kernels.graph import Graph, build_graph
 from lloki_atlas.kernels.neighbors import nearest_neighbors
-from lloki_atlas.kernels.propagation import Graph, build_graph, propagate
+from lloki_atlas.kernels.propagation import propagate
 from lloki_atlas.kernels.scaling import scaled_components
 from lloki_atlas.kernels.transport import imputation_budget, target_nonzeros
 from lloki_atlas.stages.lineage import atlas_config

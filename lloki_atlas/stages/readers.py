@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,7 +92,10 @@ def _zarr_parts(path: Path, table: str | None) -> Iterator[Parts]:
     if not names:
         raise InputError(f"{path} has no table: give a SpatialData store with a table of cells, or an h5ad file")
     name = _table_name(names, table, where=path.name)
-    lazy = read_lazy(str(folder / name))
+    with warnings.catch_warnings():
+        # tables that spatialdata writes are not consolidated one by one
+        warnings.simplefilter("ignore")
+        lazy = read_lazy(str(folder / name))
     parts = _parts(lazy, kind="SpatialData", path=str(path.absolute()), description=f"table '{name}' of {path.name}")
     parts.obs, parts.elements, parts.origin["table"] = lazy.obs.to_memory(), path, name
     yield parts

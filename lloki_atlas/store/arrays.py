@@ -162,7 +162,9 @@ def write_arrays(
             raise InputError(f"array '{name}' holds objects that are not text: convert them first")
         row_bytes = max(1, values.nbytes // max(1, len(values))) if values.ndim else 1
         names = (dims or {}).get(name) or tuple(f"{name}_{axis}" for axis in range(values.ndim))
-        specs[name] = ArraySpec(values.shape, values.dtype, max(1, _CHUNK_BYTES // row_bytes), names)
+        # never longer than the array: a chunk is stored whole
+        chunk_rows = min(max(1, _CHUNK_BYTES // row_bytes), max(1, values.shape[0] if values.ndim else 1))
+        specs[name] = ArraySpec(values.shape, values.dtype, chunk_rows, names)
     create_arrays(path, specs, attributes=attributes)
     for name, values in arrays.items():
         write_rows(path, name, 0, values)

@@ -88,23 +88,38 @@ def create_store(location: str | Path, change: Change, *, message: str) -> Catal
     InputError
         If something is there already.
     """
-    root = _local(location)
-    taken = f"{root} exists already and is not empty: choose a new folder, or open the catalog that is there"
-    if root.exists() and not root.is_dir():
-        raise InputError(taken)
-    ours = ("catalog.json", "versions", STAGING, *KINDS)
-    names = [entry.name for entry in root.iterdir()] if root.exists() else []
-    if version_numbers(root) or any(name not in ours and not name.endswith(".tmp") for name in names):
-        raise InputError(taken)
-    head = Catalog(root, 0, CatalogState(), "r+")
+    head = vacant(location)
+    root = head.root
     change = _with_digests(head, change)
     identity = {"format_version": FORMAT_VERSION, "id": uuid.uuid4().hex}
     if not create_exclusive(root / "catalog.json", canonical_json(identity)):
         check_format(root)
     created = _try_commit(head, change, message, uuid.uuid4().hex)
     if created is None:
-        raise InputError(taken)
+        raise InputError(_taken(root))
     return created
+
+
+def vacant(location: str | Path) -> Catalog:
+    """Return the catalog before its first version, so that objects can be published for `create_store` to name.
+
+    Raises
+    ------
+    InputError
+        If something else than the remains of an interrupted making is there.
+    """
+    root = _local(location)
+    if root.exists() and not root.is_dir():
+        raise InputError(_taken(root))
+    ours = ("catalog.json", "versions", STAGING, *KINDS)
+    names = [entry.name for entry in root.iterdir()] if root.exists() else []
+    if version_numbers(root) or any(name not in ours and not name.endswith(".tmp") for name in names):
+        raise InputError(_taken(root))
+    return Catalog(root, 0, CatalogState(), "r+")
+
+
+def _taken(root: Path) -> str:
+    return f"{root} exists already and is not empty: choose a new folder, or open the catalog that is there"
 
 
 def open_catalog(location: str | Path, *, version: int | None = None, mode: str = "r") -> Catalog:

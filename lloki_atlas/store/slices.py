@@ -38,7 +38,7 @@ class Tile:
             raise FormatError(f"tile {self.index} has rows {self.start} to {self.stop}: it has to hold a cell")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class SliceStore:
     """One slice on disk, opened lazily and read-only; cheap to make and to pickle.
 
@@ -52,8 +52,8 @@ class SliceStore:
 
     path: Path
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
+    def __init__(self, path: str | Path) -> None:
+        object.__setattr__(self, "path", Path(path))
 
     def __reduce__(self) -> tuple[type[SliceStore], tuple[Path]]:
         # what is cached stays here
@@ -95,6 +95,11 @@ class SliceStore:
         """Canonical symbol of each gene; "" where there is none."""
         column = self._column("var", "symbol", 0, self.n_genes)
         return tuple("" if pd.isna(name) else str(name) for name in column)
+
+    @cached_property
+    def mapping(self) -> tuple[str, ...]:
+        """How ingest found the canonical symbol of each gene, such as "control" for a probe that is no gene."""
+        return tuple(str(how) for how in self._column("var", "mapping", 0, self.n_genes))
 
     def tiles(self) -> tuple[Tile, ...]:
         """Return the tiles, which cover the rows in order."""

@@ -41,12 +41,12 @@ def test_words_after_one_prefix_never_collide():
 
 
 def test_uniform_lies_in_the_half_open_unit_interval_at_its_ends():
-    assert uniform(0) == 0.0
-    assert 1 - 1e-15 < uniform(2**64 - 1) < 1.0
+    assert uniform(np.uint64(0)) == 0.0
+    assert 1 - 1e-15 < uniform(np.uint64(2**64 - 1)) < 1.0
 
 
 def test_uniform_of_successive_counters_is_flat():
-    values = np.array([uniform(mix(11, i)) for i in range(4000)])
+    values = np.array([uniform(np.uint64(mix(11, i))) for i in range(4000)])
     counts = np.histogram(values, bins=10, range=(0, 1))[0]
     # chi-square with 9 degrees of freedom is below 27.9 in 999 of 1000
     assert ((counts - 400) ** 2 / 400).sum() < 27.9

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,8 +15,6 @@ NONZEROS = st.lists(st.integers(0, N_GENES), min_size=1, max_size=40)
 
 @pytest.fixture(scope="module")
 def ot():
-    for backend in ("PYTORCH", "JAX", "TENSORFLOW", "CUPY"):
-        os.environ[f"POT_BACKEND_DISABLE_{backend}"] = "1"
     return pytest.importorskip("ot")
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix, csr_matrix
 
 from lloki_atlas.errors import CheckpointError, InputError
-from lloki_atlas.models.tokens import TokenRows, bin_values, build_vocabulary, lookup_genes, tokenize
+from lloki_atlas.models.tokens import TokenRows, _quantiles, bin_values, build_vocabulary, lookup_genes, tokenize
 
 INDICES = {"ACTB": 0, "C1orf112": 1, "Gapdh": 2, "GAPDH": 3, "<pad>": 4, "<cls>": 5, "<eoc>": 6}
 VOCABULARY = build_vocabulary(INDICES)
@@ -88,6 +88,13 @@ def test_equal_values_share_the_middle_bin():
     values = np.array([1, 1, 1, 3], dtype=np.float32)
     assert np.quantile(values, np.linspace(0, 1, 5)).tolist() == [1, 1, 1, 1.5, 3]
     assert bin_values(values, n_bins=6).tolist() == [2, 2, 2, 5]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.floats(2**-7, 2**20, width=32), min_size=1, max_size=80), st.integers(2, 60))
+def test_the_edges_are_numpys_quantiles_to_the_last_bit(values, n_edges):
+    array, at = np.array(values, dtype=np.float32), np.linspace(0, 1, n_edges)
+    assert _quantiles(array, at).tobytes() == np.quantile(array, at).tobytes()
 
 
 @pytest.mark.parametrize("values", [[2.0], [7.0, 7.0, 7.0], [0.25] * 60])

@@ -7,9 +7,6 @@ differ by more than 1e-6 from the last one kept. Components: 1e-4 absolute.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -26,7 +23,6 @@ from lloki_atlas.kernels.transport import imputation_budget, sparsity_histogram,
 TOLERANCE = 1e-5
 N_NEIGHBORS = 40
 KEY = text_key("parity")
-DATA = Path(os.environ.get("LLOKI_ATLAS_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
 
 def simulated(n_cells: int, n_genes: int, seed: int):
@@ -40,10 +36,10 @@ def simulated(n_cells: int, n_genes: int, seed: int):
     return counts, (rng.random((n_cells, 2)) * 500).astype(np.float32)
 
 
-def published(file: str, *, select=None, n_cells: int | None = None):
-    path = DATA / file
+def published(folder, file: str, *, select=None, n_cells: int | None = None):
+    path = folder / file
     if not path.exists():
-        pytest.skip(f"{path} is missing: set LLOKI_ATLAS_DATA to the folder of real slices")
+        pytest.skip(f"{path} is missing")
     import anndata
 
     adata = anndata.read_h5ad(path)
@@ -54,10 +50,14 @@ def published(file: str, *, select=None, n_cells: int | None = None):
 
 
 SLICES = {
-    "simulated_small": lambda: simulated(60, 25, 0),
-    "simulated": lambda: simulated(300, 60, 1),
-    "starmap_BZ5": lambda: published("starmap_mpfc_wang2018.h5ad", select="starmap_BZ5"),
-    "osmfish_part": lambda: published("osmfish_ssp_codeluppi2018.h5ad", n_cells=1000),
+    "simulated_small": lambda _: simulated(60, 25, 0),
+    "simulated": lambda _: simulated(300, 60, 1),
+    "starmap_BZ5": lambda request: published(
+        request.getfixturevalue("data_folder"), "starmap_mpfc_wang2018.h5ad", select="starmap_BZ5"
+    ),
+    "osmfish_part": lambda request: published(
+        request.getfixturevalue("data_folder"), "osmfish_ssp_codeluppi2018.h5ad", n_cells=1000
+    ),
 }
 
 
@@ -89,7 +89,7 @@ def dense_graph(graph) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=list(SLICES))
 def run(request):
-    return Run(*SLICES[request.param]())
+    return Run(*SLICES[request.param](request))
 
 
 def test_components_equal_those_of_a_full_svd(run):

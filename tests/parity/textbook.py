@@ -86,7 +86,7 @@ def propagate(
     observed = X0 != 0
     support: list[np.ndarray | None] = [None] * X0.shape[0]
     X = X0.astype(np.float64)
-    for iteration in range(1, max_iterations + 1):
+    for n_iterations in range(1, max_iterations + 1):
         Y = np.where(observed, X0, A @ X)
         for i in range(X.shape[0]):
             filled = np.flatnonzero(~observed[i] & (Y[i] != 0))
@@ -100,7 +100,7 @@ def propagate(
         X = Y
         if size == 0 or change / size < tolerance:
             break
-    return X, iteration
+    return X, n_iterations
 
 
 def diffuse(A: np.ndarray, V: np.ndarray, *, alpha: float = 1.0) -> np.ndarray:

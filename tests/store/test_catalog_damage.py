@@ -137,7 +137,7 @@ def test_a_version_before_the_damage_still_opens(catalog):
 def test_a_missing_record_is_a_format_error_that_names_it(catalog):
     commit_slice(catalog, "s2")
     (catalog.root / "versions" / "00000002.json").unlink()
-    with pytest.raises(FormatError, match="00000002.json is missing"):
+    with pytest.raises(FormatError, match=r"00000002\.json is missing"):
         open_catalog(catalog.root)
 
 

@@ -87,6 +87,14 @@ def test_source_and_canonical_symbols(store):
     assert store.symbols == ("GENE0", "", "GENE2", "GENE3")
 
 
+def test_it_says_how_each_gene_was_mapped(store):
+    assert store.mapping == ("symbol", "control", "symbol", "symbol")
+
+
+def test_a_path_may_be_text(path):
+    assert SliceStore(str(path)) == SliceStore(path)
+
+
 def test_tiles_cover_the_rows_in_order_and_hold_their_cells(store):
     tiles = store.tiles()
     assert [(tile.index, tile.start, tile.stop) for tile in tiles] == [(0, 0, 4), (1, 4, 8), (2, 8, 11)]
@@ -134,12 +142,14 @@ def test_no_store_is_not_found(tmp_path):
         _ = SliceStore(tmp_path / "none.zarr").n_cells
 
 
-@pytest.mark.parametrize("missing", ["X", "obs", "uns/lloki_atlas"])
-def test_a_table_without_a_part_is_a_format_error(own_path, missing):
+@pytest.mark.parametrize(
+    ("missing", "read"),
+    [("X", SliceStore.counts), ("obs", SliceStore.obs), ("uns/lloki_atlas", SliceStore.tiles)],
+)
+def test_a_table_without_a_part_is_a_format_error_that_names_it(own_path, missing, read):
     (own_path / "tables" / "table" / missing / "zarr.json").unlink()
     with pytest.raises(FormatError, match=missing):
-        store = SliceStore(own_path)
-        store.counts(), store.obs(), store.metadata
+        read(SliceStore(own_path))
 
 
 def test_a_cut_chunk_is_a_format_error(own_path):

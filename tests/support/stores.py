@@ -82,7 +82,10 @@ def tiny_slice(n_cells: int = 11, n_genes: int = 4, *, seed: int = 0) -> Any:
         index=[f"cell-{row}" for row in range(n_cells)],
     )
     var = pd.DataFrame(
-        {"symbol": ["" if gene == 1 else f"GENE{gene}" for gene in range(n_genes)]},
+        {
+            "symbol": ["" if gene == 1 else f"GENE{gene}" for gene in range(n_genes)],
+            "mapping": pd.Categorical(["control" if gene == 1 else "symbol" for gene in range(n_genes)]),
+        },
         index=[f"Gene{gene}" for gene in range(n_genes)],
     )
     data = anndata.AnnData(counts, obs=obs, var=var)

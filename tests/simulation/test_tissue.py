@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from lloki_atlas.simulate.tissue import (
+from lloki_atlas.simulation.tissue import (
     CELL_TYPES,
     COARSE_OF_TYPE,
     Cells,

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from lloki_atlas.errors import InputError
-from lloki_atlas.simulate.genes import Profiles, make_profiles
-from lloki_atlas.simulate.platforms import (
+from lloki_atlas.simulation.genes import Profiles, make_profiles
+from lloki_atlas.simulation.platforms import (
     DISSOCIATED,
     PLATFORMS,
     Assay,
@@ -19,7 +19,7 @@ from lloki_atlas.simulate.platforms import (
     make_assay,
     panel_symbols,
 )
-from lloki_atlas.simulate.tissue import (
+from lloki_atlas.simulation.tissue import (
     CELL_TYPES,
     COARSE_OF_TYPE,
     COARSE_TYPES,
@@ -31,7 +31,7 @@ from lloki_atlas.simulate.tissue import (
     make_cut,
     make_tissue,
 )
-from lloki_atlas.simulate.write import Block, write_h5ad, write_text
+from lloki_atlas.simulation.write import Block, write_h5ad, write_text
 
 BLOCK_CELLS = 4096
 _N_PROBE_CELLS = 400

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lloki_atlas.simulate.genes import FOREIGN_GENES, GENES, REFERENCE_GENES, Profiles
-from lloki_atlas.simulate.tissue import Cells, composition_by_depth
+from lloki_atlas.simulation.genes import FOREIGN_GENES, GENES, REFERENCE_GENES, Profiles
+from lloki_atlas.simulation.tissue import Cells, composition_by_depth
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import pytest
 from scipy.spatial import ConvexHull, cKDTree
 
 from lloki_atlas.errors import InputError
-from lloki_atlas.simulate import simulate
-from lloki_atlas.simulate.genes import PROGRAMMES, REFERENCE_GENES
-from lloki_atlas.simulate.platforms import CORE_GENES, DISSOCIATED, PLATFORMS
-from lloki_atlas.simulate.tissue import CELL_TYPES, COARSE_TYPES, LAYERS
+from lloki_atlas.simulation import simulate
+from lloki_atlas.simulation.genes import PROGRAMMES, REFERENCE_GENES
+from lloki_atlas.simulation.platforms import CORE_GENES, DISSOCIATED, PLATFORMS
+from lloki_atlas.simulation.tissue import CELL_TYPES, COARSE_TYPES, LAYERS
 
 N_CELLS = 6000
 IDS = ("simfish_1", "simmap_1", "simfish_plus_1", "simish_1")

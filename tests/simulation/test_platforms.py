@@ -5,8 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lloki_atlas.simulate.genes import FOREIGN_GENES, GENES, MARKERS, PROGRAMMES, REFERENCE_GENES, make_profiles
-from lloki_atlas.simulate.platforms import (
+from lloki_atlas.simulation.genes import FOREIGN_GENES, GENES, MARKERS, PROGRAMMES, REFERENCE_GENES, make_profiles
+from lloki_atlas.simulation.platforms import (
     CORE_GENES,
     DISSOCIATED,
     PLATFORMS,
@@ -20,7 +20,7 @@ from lloki_atlas.simulate.platforms import (
     panel_genes,
     panel_symbols,
 )
-from lloki_atlas.simulate.tissue import CELL_TYPES, Cells, dissociated_cells
+from lloki_atlas.simulation.tissue import CELL_TYPES, Cells, dissociated_cells
 
 BY_NAME = pytest.mark.parametrize("platform", PLATFORMS, ids=lambda platform: platform.name)
 

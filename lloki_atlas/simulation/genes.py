@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lloki_atlas.simulate.tissue import CELL_TYPES, COARSE_OF_TYPE, COARSE_TYPES
+from lloki_atlas.simulation.tissue import CELL_TYPES, COARSE_OF_TYPE, COARSE_TYPES
 
 EXCITATORY = ("L2/3 IT", "L4 IT", "L5 IT", "L6 CT", "L6b")
 INHIBITORY = ("Pvalb", "Sst", "Vip", "Lamp5")

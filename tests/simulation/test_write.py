@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lloki_atlas.simulate.write import Block, write_h5ad, write_text
+from lloki_atlas.simulation.write import Block, write_h5ad, write_text
 
 SYMBOLS = ("Gad1", "Sst", "Mbp")
 
