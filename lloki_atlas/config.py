@@ -88,18 +88,23 @@ class EmbedderConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """LLOKI-CAE: weights of the three losses (equation 9) and the training of the encoder."""
+    """LLOKI-CAE: weights of the three losses (equation 9) and the training of the encoder.
+
+    The conservation loss is quadratic in the scale of the embedding and the triplet margin is not, so a weight means
+    something only together with an embedder. The default suits the unit vectors of the `reference` embedder; the
+    published 250 belongs to scGPT.
+    """
 
     reconstruction_weight: float = 1.0
     triplet_weight: float = 0.2
-    conservation_weight: float = 250.0
+    conservation_weight: float = 1.0
     margin: float = 1.0
     n_neighbors_mutual: int = 40
     n_neighbors_conservation: int = 30
     token_size: int = 10
     learning_rate: float = 5e-4
     weight_decay: float = 1e-4
-    n_epochs: int = 50
+    n_epochs: int = 40
     chunk_cells: int = 4000
     max_cells_per_technology: int = 20_000
     random_state: int = 0

@@ -33,34 +33,13 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Simulate four slices of four platforms, build an atlas of them and ask it a question."""
-    from lloki_atlas.query import nearest_cells, select_cells
+    from lloki_atlas.cli.tour import tour
     from lloki_atlas.simulation import simulate as make
     from lloki_atlas.stages.build import build as construct
 
     typer.echo(f"simulating {cells:,} cells of four platforms in {folder / 'sources'}", err=True)
     manifest = make(folder / "sources", n_cells=cells)
-    catalog = construct(manifest, root=folder / "atlas", n_workers=workers, progress=not quiet)
-    first = sorted(catalog.state.slices)[0]
-    label = "cell_type_coarse"
-    query = select_cells(catalog, slices=[first], where=f"{label} == 'Inhibitory'").to_dataframe().iloc[[0]]
-    cell = query["cell"].iloc[0]
-    asked = select_cells(catalog, slices=[first], where=f"cell == {cell!r}")
-    found = nearest_cells(catalog, asked, exclude_slice="own", n_neighbors=8).to_dataframe()
-    typer.echo(f"\nThe 8 cells of other platforms nearest to cell {cell} of {first} ({query[label].iloc[0]}):\n")
-    typer.echo(
-        table(
-            ["technology", "slice", "cell", "type", "distance"],
-            found[["technology", "slice_id", "cell", label, "distance"]]
-            .assign(distance=found["distance"].map("{:.4f}".format))
-            .to_numpy(),
-        )
-    )
-    place = catalog.root.resolve()
-    typer.echo(
-        f"\n{sum(r.n_cells for r in catalog.state.slices.values()):,} cells in {len(catalog.state.slices)} slices"
-    )
-    typer.echo(f"catalog: {place} (version {catalog.version})")
-    typer.echo(f"ask it more: lloki-atlas query {place} --slice {first} --cell {cell} --exclude-own-slice")
+    typer.echo(tour(construct(manifest, root=folder / "atlas", n_workers=workers, progress=not quiet)))
 
 
 def simulate(

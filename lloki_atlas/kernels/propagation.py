@@ -87,11 +87,10 @@ def propagate(
     arrays = _graph_arrays(graph)
     current = sp.csr_array((matrix.data, matrix.indices, matrix.indptr), shape=matrix.shape).toarray()
     state = (current != 0).astype(np.uint8)
-    drawn = np.zeros(graph.n_cells, dtype=np.bool_)
     following = np.empty_like(current)
     n_iterations, relative = 0, math.inf
     while n_iterations < max_iterations and relative >= tolerance:
-        change, norm = _iterate(*arrays, current, following, state, drawn, allowed, np.uint64(mix(key)))
+        change, norm = _iterate(*arrays, current, following, state, allowed, np.uint64(mix(key)))
         current, following = following, current
         n_iterations += 1
         relative = math.sqrt(change / norm) if norm > 0 else 0.0
@@ -114,7 +113,6 @@ def _iterate(
     current: NDArray[np.float32],
     following: NDArray[np.float32],
     state: NDArray[np.uint8],
-    drawn: NDArray[np.bool_],
     budget: NDArray[Any],
     seed: np.uint64,
 ) -> tuple[float, float]:
@@ -124,13 +122,12 @@ def _iterate(
     for i in range(n):
         row, before, marks = following[i], current[i], state[i]
         _product_row(indptr[i], indptr[i + 1], indices, weights, current, row)
-        if not drawn[i]:
-            filled = 0
-            for g in range(n_genes):
-                filled += (marks[g] == _UNKNOWN) & (row[g] != 0)
-            if filled > budget[i]:
-                _draw_support(absorb(seed, np.uint64(i)), budget[i], filled, row, marks)
-                drawn[i] = True
+        filled = 0
+        for g in range(n_genes):
+            filled += (marks[g] == _UNKNOWN) & (row[g] != 0)
+        # true once at most: of the genes left open after the draw there are no more than the budget
+        if filled > budget[i]:
+            _draw_support(absorb(seed, np.uint64(i)), budget[i], filled, row, marks)
         for g in range(n_genes):
             unknown = row[g] if marks[g] == _UNKNOWN else np.float32(0)
             row[g] = before[g] if marks[g] == _OBSERVED else unknown

@@ -17,7 +17,7 @@ from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.checks import CsrArrays, array, csr_arrays, finite
 
 SD_FLOOR = 1e-3
-# z-scores have a variance near 1, so a component with less than this is rounding
+# z-scores have a variance near 1, so a component with less than this, or this part of a squared mean, is rounding
 _NO_VARIANCE = 1e-10
 # two threads that limit BLAS at once would restore each other's limit
 _BLAS = threading.Lock()
@@ -119,7 +119,8 @@ def scaled_components(
     absent = np.clip(-moments.mean / spread, -clip, clip)
     arguments = (matrix.indptr, matrix.indices, matrix.data, scale, moments.mean, spread, absent, float(clip))
     covariance, center = _covariance(*arguments)
-    loadings = _leading_eigenvectors(covariance, k)
+    rounding = _NO_VARIANCE * max(1.0, float(np.max(center**2)))
+    loadings = _leading_eigenvectors(covariance, k, rounding)
     return _scores(*arguments, center, loadings)
 
 
@@ -139,14 +140,14 @@ def _moments(matrix: CsrArrays, scale: NDArray[np.float64]) -> GeneMoments:
     return GeneMoments(mean, np.sqrt(np.maximum(squares / matrix.shape[0] - mean**2, 0.0)))
 
 
-def _leading_eigenvectors(covariance: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+def _leading_eigenvectors(covariance: NDArray[np.float64], k: int, rounding: float) -> NDArray[np.float64]:
     n_genes = covariance.shape[0]
     with _BLAS, threadpool_limits(limits=1, user_api="blas"):
         variances, vectors = scipy.linalg.eigh(covariance, subset_by_index=[n_genes - k, n_genes - 1])
     variances, vectors = variances[::-1], np.ascontiguousarray(vectors[:, ::-1])
     largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(k)]
     vectors *= np.where(largest < 0, -1.0, 1.0)
-    vectors[:, variances <= _NO_VARIANCE] = 0.0
+    vectors[:, variances <= rounding] = 0.0
     return vectors
 
 

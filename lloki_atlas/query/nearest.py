@@ -114,7 +114,7 @@ def nearest_cells(
     where, region, slices
         Which cells may be found, as for `select_cells`; the filter is applied before the search.
     exclude_slice
-        A slice id, or `"own"` to leave out each query's own slice.
+        A slice id, or `"own"` to leave out each query's own slice (of a selection, or of `obs["slice_id"]`).
     embedding
         `X_lloki` or `X_fp`.
     metric
@@ -137,7 +137,9 @@ def nearest_cells(
         np.full((len(vectors), n_neighbors), -1, dtype=np.int32),
         np.full((len(vectors), n_neighbors), np.inf, dtype=np.float32),
     )
-    own_slice = frame["slice_id"].to_numpy() if frame is not None else None
+    own_slice = frame["slice_id"].astype(str).to_numpy() if frame is not None else None
+    if exclude_slice == "own" and own_slice is None:
+        raise InputError("exclude_slice='own' needs queries that say their slice: a selection, or obs['slice_id']")
     offsets = dict(
         zip(candidates.slices, np.cumsum([0, *(len(r) for r in candidates.rows.values())])[:-1], strict=True)
     )
@@ -183,6 +185,7 @@ def _query_vectors(query: Any, embedding: str) -> tuple[np.ndarray, pd.DataFrame
         if embedding not in query.obsm:
             raise InputError(f"the query has no obsm['{embedding}']")
         vectors = np.asarray(query.obsm[embedding])
+        frame = query.obs.reset_index(drop=True) if "slice_id" in query.obs else None
     else:
         vectors = np.atleast_2d(np.asarray(query))
     size = EMBEDDINGS[embedding][1]

@@ -58,15 +58,15 @@ def train(folder: str, samples: list[dict[str, Any]], settings: dict[str, Any], 
         platform_codes.append(np.full(len(chosen), platforms.index(sample["platform"])))
         slice_codes.append(np.full(len(chosen), code))
         if label_key is not None:
-            column = SliceStore(sample["slice_path"]).obs([label_key])[label_key].astype(str).to_numpy()
-            labels.append(np.where(np.isin(column[chosen], NO_LABEL), "", column[chosen]))
+            column = _labels(SliceStore(sample["slice_path"]), label_key)
+            labels.append(column[chosen])
     model, history = train_autoencoder_on(
         np.concatenate(parts),
         np.concatenate(platform_codes),
         np.concatenate(slice_codes),
         platforms,
         config=config,
-        labels=np.concatenate(labels) if labels else None,
+        labels=label_codes(np.concatenate(labels)) if labels else None,
     )
     lineage = {
         "slices": {sample["slice_id"]: sample["embedding_key"] for sample in samples},
@@ -74,6 +74,21 @@ def train(folder: str, samples: list[dict[str, Any]], settings: dict[str, Any], 
         "n_cells": int(sum(len(part) for part in parts)),
     }
     save_checkpoint(folder, model, config=config, history=history, lineage=lineage)
+
+
+def _labels(store: SliceStore, label_key: str) -> np.ndarray:
+    """Labels of a slice as text; a slice without the column has none."""
+    if label_key not in store.metadata["label_columns"]:
+        return np.full(store.n_cells, "", dtype=object)
+    return store.obs([label_key])[label_key].astype(str).to_numpy(dtype=object)
+
+
+def label_codes(labels: np.ndarray) -> np.ndarray:
+    """Number the labels in alphabetical order; -1 where a cell has none."""
+    known = ~np.isin(labels, NO_LABEL)
+    codes = np.full(len(labels), -1, dtype=np.int64)
+    codes[known] = np.unique(labels[known], return_inverse=True)[1]
+    return codes
 
 
 def sample_cells(candidates: np.ndarray, *, size: int, key: str) -> np.ndarray:

@@ -28,8 +28,6 @@ def propagate_slice(
     reference: AnnData | ReferenceProfile | str | Path,
     *,
     organism: str = "mouse",
-    coordinate_unit: str = "micrometer",
-    um_per_unit: float | None = None,
     slice_id: str = "slice",
     spatial_key: str = "spatial",
     layer: str | None = None,
@@ -40,13 +38,11 @@ def propagate_slice(
     Parameters
     ----------
     adata
-        Integer counts (n_cells, n_genes) and `obsm["spatial"]`.
+        Integer counts (n_cells, n_genes) and `obsm["spatial"]` in any unit.
     reference
         scRNA-seq counts as AnnData or h5ad, or a fitted profile.
     organism
         Of both.
-    coordinate_unit, um_per_unit
-        Of `obsm["spatial"]`, as for `ingest`.
     slice_id
         Names the slice's random stream.
     spatial_key, layer
@@ -74,8 +70,7 @@ def propagate_slice(
         slice_id=slice_id,
         technology="in memory",
         organism=organism,
-        coordinate_unit=coordinate_unit,
-        um_per_unit=um_per_unit,
+        coordinate_unit="micrometer",  # any unit does: distances only enter as multiples of σ
         reference_symbols=profile.symbols,
         empty_cells="keep",
     )

@@ -72,7 +72,7 @@ def select_panel(
         Canonical symbols of the reference.
     """
     genes = np.flatnonzero(np.array([how != "control" for how in mapping]))
-    column = {symbols[gene]: position for position, gene in enumerate(genes) if symbols[gene]}
+    column = {symbols[gene]: position for position, gene in enumerate(genes.tolist()) if symbols[gene]}
     shared = shared_symbols(tuple(symbols), reference_symbols)
     return PanelCounts(
         counts=csr_matrix(counts[:, genes]),

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import textbook
 from sklearn.decomposition import PCA
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.scaling import GeneMoments, gene_moments, scaled_components
@@ -97,9 +98,20 @@ def test_components_have_the_same_bytes_with_one_and_two_blas_threads():
     assert results[0] == results[1]
 
 
-def test_components_leave_the_number_of_blas_threads_as_it_was():
-    from threadpoolctl import threadpool_info
+def test_eigenvectors_are_computed_by_one_blas_thread(monkeypatch):
+    seen = []
 
+    def eigh(*args, original=scipy.linalg.eigh, **kwargs):
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(scipy.linalg, "eigh", eigh)
+    with threadpool_limits(2):
+        scaled_components(sp.csr_matrix(make_counts()), n_components=2)
+    assert set(seen) == {1}
+
+
+def test_components_leave_the_number_of_blas_threads_as_it_was():
     before = threadpool_info()
     scaled_components(sp.csr_matrix(make_counts()), n_components=2)
     assert threadpool_info() == before
@@ -126,10 +138,11 @@ def test_number_of_components_is_bounded_by_genes_and_cells(shape, asked, k):
     assert np.isfinite(components).all()
 
 
-@pytest.mark.parametrize("n_cells", [1, 6])
-def test_identical_cells_have_components_of_exactly_zero(n_cells):
-    counts = sp.csr_matrix(np.tile(np.array([[1, 0, 4]], np.float32), (n_cells, 1)))
-    assert not scaled_components(counts, n_components=3).any()
+@pytest.mark.parametrize("clip", [5.0, 1e6])
+@pytest.mark.parametrize("n_cells", [1, 6, 7, 49])
+def test_identical_cells_have_components_of_exactly_zero(n_cells, clip):
+    counts = sp.csr_matrix(np.tile(np.array([[1, 0, 4, 7]], np.float32), (n_cells, 1)))
+    assert not scaled_components(counts, n_components=3, clip=clip).any()
 
 
 def test_cells_without_counts_have_the_components_of_each_other():

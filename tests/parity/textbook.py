@@ -86,7 +86,9 @@ def propagate(
     observed = X0 != 0
     support: list[np.ndarray | None] = [None] * X0.shape[0]
     X = X0.astype(np.float64)
-    for n_iterations in range(1, max_iterations + 1):
+    n_iterations, relative = 0, np.inf
+    while n_iterations < max_iterations and relative >= tolerance:
+        n_iterations += 1
         Y = np.where(observed, X0, A @ X)
         for i in range(X.shape[0]):
             filled = np.flatnonzero(~observed[i] & (Y[i] != 0))
@@ -97,9 +99,8 @@ def propagate(
                 closed[support[i]] = False
                 Y[i, closed] = 0.0
         change, size = np.linalg.norm((Y - X)[~observed]), np.linalg.norm(Y[~observed])
+        relative = change / size if size > 0 else 0.0
         X = Y
-        if size == 0 or change / size < tolerance:
-            break
     return X, n_iterations
 
 
