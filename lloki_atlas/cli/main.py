@@ -9,7 +9,10 @@ import typer
 from lloki_atlas import __version__
 from lloki_atlas.cli import atlas, catalogs, queries
 from lloki_atlas.cli.output import fail
-from lloki_atlas.errors import LlokiAtlasError
+from lloki_atlas.errors import InputError, LlokiAtlasError
+from lloki_atlas.store.durable import describe_os_error
+
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +39,11 @@ def main() -> None:
         app(standalone_mode=True)
     except LlokiAtlasError as error:
         sys.exit(fail(error))
-    except KeyboardInterrupt:
-        typer.echo("interrupted: what was finished is kept, the same command continues", err=True)
-        sys.exit(130)
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+            raise
+        sys.exit(fail(InputError(f"{describe_os_error(error)}: mend that, then the same command continues")))
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.echo("interrupted: what was finished is kept, the same command continues", err=True)
+        raise

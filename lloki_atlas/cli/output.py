@@ -27,8 +27,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def fail(error: LlokiAtlasError) -> int:
-    """Print one sentence on standard error; return the exit code."""
-    typer.echo(f"error: {error}", err=True)
+    """Print one line on standard error; return the exit code."""
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
     return error.exit_code
 
 

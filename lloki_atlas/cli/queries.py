@@ -85,11 +85,13 @@ def export(
         raise InputError(f"{out} ends in '{out.suffix}': name a file .h5ad or a folder .zarr")
     if out.exists():
         raise InputError(f"{out} exists: choose another name, nothing is overwritten")
+    if not out.parent.is_dir():
+        raise InputError(f"there is no folder {out.parent}: make it, or choose another one")
     selection = select_cells(open_catalog(root, version=version), slices=[slice_id], where=where)
     if out.suffix == ".h5ad":
         selection.to_anndata(counts=True).write_h5ad(out)
     else:
-        selection.to_xarray().to_zarr(out)
+        selection.to_xarray().to_zarr(out, consolidated=False)
     typer.echo(f"{out}: {selection.n_cells:,} cells")
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.neighbors import Neighbors, merge_neighbors, nearest_rows
-from lloki_atlas.query.select import EMBEDDINGS, CellSelection, Region, cells_table, select_cells
+from lloki_atlas.query.select import CellSelection, Region, cells_table, embedding_size, select_cells
 from lloki_atlas.store.catalog import Catalog
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 Metric = Literal["cosine", "euclidean"]
+OWN = "own"
+MAX_PAIRS = 2**30
+# models that decide which space an embedding lies in
+_ROLES = {"X_fp": ("embedder",), "X_lloki": ("embedder", "autoencoder")}
 
 
 @dataclass(frozen=True)
@@ -127,18 +131,26 @@ def nearest_cells(
     Raises
     ------
     InputError
-        If the query has another width than the embedding, holds NaN, or nothing is left to search.
+        If the query has another width than the embedding, holds NaN, is of another model, or nothing is left to search.
+    NotFoundError
+        If a slice or a column does not exist.
     """
-    if n_neighbors < 1:
-        raise InputError(f"n_neighbors is {n_neighbors}: it has to be at least 1")
-    vectors, frame, own_rows = _query_vectors(query, embedding)
+    vectors, frame = _query_vectors(query, embedding)
+    if not 1 <= n_neighbors * len(vectors) <= MAX_PAIRS:
+        raise InputError(
+            f"n_neighbors is {n_neighbors} for {len(vectors)} queries: ask for at least 1 and at most {MAX_PAIRS:,} "
+            "pairs at a time"
+        )
+    if exclude_slice not in (None, OWN):
+        catalog.slice(exclude_slice)
+    own_rows = _own_rows(query, catalog, embedding)
     candidates = select_cells(catalog, where=where, region=region, slices=slices)
     best = Neighbors(
         np.full((len(vectors), n_neighbors), -1, dtype=np.int32),
         np.full((len(vectors), n_neighbors), np.inf, dtype=np.float32),
     )
     own_slice = frame["slice_id"].astype(str).to_numpy() if frame is not None else None
-    if exclude_slice == "own" and own_slice is None:
+    if exclude_slice == OWN and own_slice is None:
         raise InputError("exclude_slice='own' needs queries that say their slice: a selection, or obs['slice_id']")
     offsets = dict(
         zip(candidates.slices, np.cumsum([0, *(len(r) for r in candidates.rows.values())])[:-1], strict=True)
@@ -148,12 +160,12 @@ def nearest_cells(
         if slice_id == exclude_slice:
             continue
         usable = np.isfinite(block[:, 0])
-        seen += int(usable.sum())
         asked = np.arange(len(vectors))
-        if exclude_slice == "own" and own_slice is not None:
+        if exclude_slice == OWN and own_slice is not None:
             asked = np.flatnonzero(own_slice != slice_id)
         if not usable.any() or not len(asked):
             continue
+        seen += int(usable.sum())
         rows, block = rows[usable], np.ascontiguousarray(block[usable])
         part = _search(
             vectors[asked], block, n_neighbors, metric, _self_rows(own_rows, own_slice, slice_id, asked), rows
@@ -173,22 +185,18 @@ def nearest_cells(
     return _collect(candidates, best, frame)
 
 
-def _query_vectors(query: Any, embedding: str) -> tuple[np.ndarray, pd.DataFrame | None, np.ndarray | None]:
-    """Vectors (n, d), the queried cells if they are of the atlas, and their rows in their slices."""
-    if embedding not in EMBEDDINGS:
-        raise InputError(f"there is no embedding '{embedding}': choose from {', '.join(EMBEDDINGS)}")
-    frame, rows = None, None
+def _query_vectors(query: Any, embedding: str) -> tuple[np.ndarray, pd.DataFrame | None]:
+    """Vectors (n, d), and the queried cells if they say what they are."""
+    size, frame = embedding_size(embedding), None
     if isinstance(query, CellSelection):
         vectors, frame = query.embedding(embedding), query.to_dataframe()
-        rows = np.concatenate([*query.rows.values()]) if query.rows else np.zeros(0, dtype=np.int64)
     elif hasattr(query, "obsm"):
         if embedding not in query.obsm:
             raise InputError(f"the query has no obsm['{embedding}']")
-        vectors = np.asarray(query.obsm[embedding])
+        vectors = _numbers(query.obsm[embedding])
         frame = query.obs.reset_index(drop=True) if "slice_id" in query.obs else None
     else:
-        vectors = np.atleast_2d(np.asarray(query))
-    size = EMBEDDINGS[embedding][1]
+        vectors = _numbers(query)
     if vectors.ndim != 2 or vectors.shape[1] != size:
         raise InputError(f"the query has shape {vectors.shape}: {embedding} has {size} numbers a cell")
     if not len(vectors):
@@ -199,7 +207,33 @@ def _query_vectors(query: Any, embedding: str) -> tuple[np.ndarray, pd.DataFrame
             f"{int(lost.sum())} of {len(vectors)} query cells have no embedding (first at position "
             f"{int(np.argmax(lost))}): leave them out, or run the atlas first"
         )
-    return np.ascontiguousarray(vectors, dtype=np.float32), frame, rows
+    return np.ascontiguousarray(vectors, dtype=np.float32), frame
+
+
+def _numbers(values: Any) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+        return np.atleast_2d(array if array.dtype.kind in "iuf" else array.astype(np.float64))
+    except (TypeError, ValueError):
+        raise InputError("the query holds something else than numbers: give an array (n_queries, size)") from None
+
+
+def _own_rows(query: Any, catalog: Catalog, embedding: str) -> np.ndarray | None:
+    """Row of each cell of a selection in its slice, -1 where this version has other cells by that name."""
+    if not isinstance(query, CellSelection):
+        return None
+    for role in _ROLES[embedding]:
+        if query.catalog.state.models.get(role) != catalog.state.models.get(role):
+            raise InputError(
+                f"the query's {embedding} is of version {query.catalog.version}, whose {role} is another one: "
+                f"select the cells in version {catalog.version}"
+            )
+    parts = []
+    for slice_id, rows in query.rows.items():
+        held = catalog.state.slices.get(slice_id)
+        same = held is not None and held.objects["ingest"] == query.catalog.slice(slice_id).objects["ingest"]
+        parts.append(rows if same else np.full(len(rows), -1))
+    return np.concatenate(parts)
 
 
 def _self_rows(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = {"X_fp": ("embed", 512), "X_lloki": ("integrate", 128)}
 SLICE_COLUMNS = ("slice_id", "technology", "organism")
+OWN_COLUMNS = ("cell", *SLICE_COLUMNS, "x", "y")
 Region = Sequence[float] | np.ndarray
 
 
@@ -71,10 +72,9 @@ class CellSelection:
 
     def embedding(self, name: str = "X_lloki") -> np.ndarray:
         """(n_cells, 128) or (n_cells, 512) float32; NaN where a cell has no (current) embedding."""
-        if name not in EMBEDDINGS:
-            raise InputError(f"there is no embedding '{name}': choose from {', '.join(EMBEDDINGS)}")
+        size = embedding_size(name)
         parts = [_embedding_of(self.catalog, slice_id, name)[rows] for slice_id, rows in self.rows.items()]
-        return np.concatenate(parts) if parts else np.zeros((0, EMBEDDINGS[name][1]), dtype=np.float32)
+        return np.concatenate(parts) if parts else np.zeros((0, size), dtype=np.float32)
 
     def iter_tiles(self, name: str = "X_lloki") -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Yield (slice id, rows, their embedding) for each tile that holds selected cells, one tile in memory."""
@@ -110,18 +110,22 @@ class CellSelection:
         )
 
     def to_xarray(self) -> xarray.Dataset:
-        """Cells as a Dataset: `X_fp`, `X_lloki`, `spatial` over `cell`, the columns of `obs` as coordinates."""
+        """Cells as a Dataset: `X_fp`, `X_lloki`, `spatial` over `cell`, the columns of `obs` as coordinates.
+
+        The column `cell` is called `name`. Missing text is empty, other missing values are NaN.
+        """
         import xarray
 
         obs = self.to_dataframe()
-        columns = {name: ("cell", obs[name].astype(object).to_numpy()) for name in obs if name not in ("x", "y")}
+        columns = {name: ("cell", _plain(obs[name])) for name in obs if name not in ("x", "y")}
+        axis = np.array(["x", "y"], dtype=object)  # numpy's own text has no place in the Zarr v3 format
         return xarray.Dataset(
             {
                 "X_fp": (("cell", "X_fp_dimension"), self.embedding("X_fp")),
                 "X_lloki": (("cell", "X_lloki_dimension"), self.embedding("X_lloki")),
                 "spatial": (("cell", "axis"), obs[["x", "y"]].to_numpy(dtype=np.float32), {"units": "micrometer"}),
             },
-            coords={("name" if key == "cell" else key): value for key, value in columns.items()} | {"axis": ["x", "y"]},
+            coords={("name" if key == "cell" else key): value for key, value in columns.items()} | {"axis": axis},
             attrs={"catalog": str(self.catalog.root), "version": self.catalog.version},
         )
 
@@ -139,7 +143,7 @@ class CellSelection:
         stores = {name: SliceStore(_slice_path(self.catalog, name)) for name in self.slices}
         symbols = sorted({symbol for store in stores.values() for symbol in store.symbols if symbol})
         position = {symbol: column for column, symbol in enumerate(symbols)}
-        parts = []
+        parts = [csr_matrix((0, len(symbols)), dtype=np.float32)]
         for name, rows in self.rows.items():
             mapped = [column for column, symbol in enumerate(stores[name].symbols) if symbol]
             block = csr_matrix(stores[name].counts()[rows][:, mapped])
@@ -183,9 +187,9 @@ def select_cells(
     """
     names = tuple(sorted(catalog.state.slices)) if slices is None else tuple(sorted(set(slices)))
     records = [catalog.slice(name) for name in names]
-    parsed = parse_filter(where) if where else None
+    parsed = None if where is None else parse_filter(where)
     if parsed is not None:
-        known = {"cell", "x", "y", *SLICE_COLUMNS, *(c for record in records for c in record.label_columns)}
+        known = {*OWN_COLUMNS, *(c for record in records for c in record.label_columns)}
         for column in parsed.columns:
             if column not in known:
                 raise NotFoundError(f"no slice has a column '{column}': choose from {', '.join(sorted(known))}")
@@ -196,7 +200,12 @@ def select_cells(
 
 def cells_table(catalog: Catalog, rows: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """One row a cell, for some rows of some slices: names, technology, position (µm), labels."""
-    return pd.concat([_slice_table(catalog, name, chosen) for name, chosen in rows.items()], ignore_index=True)
+    labels = (label for name in rows for label in catalog.slice(name).label_columns)
+    columns = list(dict.fromkeys([*OWN_COLUMNS, *labels]))
+    parts = [_slice_table(catalog, name, chosen) for name, chosen in rows.items() if len(chosen)]
+    if not parts:
+        return pd.DataFrame({c: np.zeros(0, dtype=np.float32 if c in ("x", "y") else object) for c in columns})
+    return pd.concat(parts, ignore_index=True).reindex(columns=columns)
 
 
 def _slice_table(catalog: Catalog, slice_id: str, rows: np.ndarray) -> pd.DataFrame:
@@ -209,15 +218,19 @@ def _slice_table(catalog: Catalog, slice_id: str, rows: np.ndarray) -> pd.DataFr
         frame[column] = getattr(record, column)
     frame["x"], frame["y"] = coordinates[:, 0], coordinates[:, 1]
     for column in labels.columns:
+        if column in OWN_COLUMNS:
+            continue  # as in a filter, what the catalog says of a cell goes before what its source said
         values = labels[column]
-        plain = values.astype(object) if isinstance(values.dtype, pd.CategoricalDtype) else values
-        frame[column] = plain.to_numpy()
+        frame[column] = values.to_numpy(dtype=object) if isinstance(values.dtype, pd.CategoricalDtype) else values.array
     return frame
 
 
 def inside_region(coordinates: np.ndarray, region: Region) -> np.ndarray:
     """Tell which points (n, 2) lie in a box (4 numbers) or a polygon (m, 2), border included for boxes."""
-    shape = np.asarray(region, dtype=np.float64)
+    try:
+        shape = np.asarray(region, dtype=np.float64)
+    except (TypeError, ValueError):
+        shape = np.zeros(0)
     if shape.shape == (4,) and np.isfinite(shape).all() and shape[0] <= shape[2] and shape[1] <= shape[3]:
         x, y = coordinates[:, 0], coordinates[:, 1]
         return (x >= shape[0]) & (y >= shape[1]) & (x <= shape[2]) & (y <= shape[3])
@@ -226,6 +239,24 @@ def inside_region(coordinates: np.ndarray, region: Region) -> np.ndarray:
 
         return np.asarray(contains_xy(Polygon(shape), coordinates[:, 0], coordinates[:, 1]), dtype=bool)
     raise InputError("a region is (xmin, ymin, xmax, ymax) or a polygon of at least three (x, y) points, in µm")
+
+
+def _plain(column: pd.Series) -> np.ndarray:
+    """Values of a column as numpy and xarray hold and store them."""
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return column.to_numpy(dtype=np.float64, na_value=np.nan) if column.hasnans else column.to_numpy()
+    missing = column.isna().to_numpy()
+    values = column.to_numpy(dtype=object)
+    if all(isinstance(value, str) for value in values[~missing]):
+        values = np.where(missing, "", values)
+    return values
+
+
+def embedding_size(name: str) -> int:
+    """Numbers a cell of an embedding; InputError when there is none of that name."""
+    if name not in EMBEDDINGS:
+        raise InputError(f"there is no embedding '{name}': choose from {', '.join(EMBEDDINGS)}")
+    return EMBEDDINGS[name][1]
 
 
 def _filter_table(store: SliceStore, record: SliceRecord, columns: tuple[str, ...]) -> dict[str, Any]:
@@ -249,7 +280,7 @@ def _filter_table(store: SliceStore, record: SliceRecord, columns: tuple[str, ..
 
 def _embedding_of(catalog: Catalog, slice_id: str, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
     record = catalog.slice(slice_id)
-    stage, size = EMBEDDINGS[name]
+    size, stage = embedding_size(name), EMBEDDINGS[name][0]
     stop = record.n_cells if stop is None else stop
     key = record.objects.get(stage)
     # one query never mixes spaces: what another model made counts as missing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+_MAX_DEPTH = 100
+_SHOWN = 200  # characters of a filter that a message repeats
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Filter:
         """
         try:
             result = _evaluate(self.tree, table)
-        except TypeError as error:
-            raise InputError(f"the filter `{self.text}` compares values of different types: {error}") from error
+        except (TypeError, OverflowError) as error:
+            raise InputError(f"the filter `{_shown(self.text)}` compares values of different types: {error}") from error
         return np.broadcast_to(np.asarray(result, dtype=bool), (n_cells,)).copy()
 
 
@@ -69,21 +72,31 @@ def parse_filter(text: str) -> Filter:
     InputError
         If it is not in the language, with the offending part.
     """
+    if not text.strip():
+        raise InputError("the filter is empty: write a comparison such as technology == 'MERFISH', or leave it out")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            # Python's advice on how its own code is written
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
-        raise InputError(f"cannot read the filter `{text}`: {error.msg} at character {error.offset}") from error
+        where = f" at character {error.offset}" if error.offset else ""
+        raise InputError(f"cannot read the filter `{_shown(text)}`: {error.msg}{where}") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise InputError(f"cannot read the filter `{_shown(text)}`: make it shorter, of plain text") from error
     _check(tree, text)
     columns = dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
     return Filter(text, tuple(columns), tree)
 
 
-def _check(node: ast.expr, text: str) -> None:
+def _check(node: ast.expr, text: str, depth: int = 0) -> None:
+    if depth > _MAX_DEPTH:
+        raise InputError(f"the filter `{_shown(text)}` is nested more than {_MAX_DEPTH} levels deep: make it flatter")
     if isinstance(node, ast.BoolOp):
         for part in node.values:
-            _check(part, text)
+            _check(part, text, depth + 1)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        _check(node.operand, text)
+        _check(node.operand, text, depth + 1)
     elif isinstance(node, ast.Compare):
         for left, op, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
             _check_value(left, text)
@@ -104,19 +117,26 @@ def _check_value(node: ast.expr, text: str) -> None:
 
 def _check_list(node: ast.expr, text: str) -> None:
     if not isinstance(node, ast.List | ast.Tuple | ast.Set) or not all(_is_literal(part) for part in node.elts):
-        raise InputError(f"in the filter `{text}`, `in` wants a list of values such as ('a', 'b')")
+        raise InputError(f"in the filter `{_shown(text)}`, `in` wants a list of values such as ('a', 'b')")
 
 
 def _is_literal(node: ast.expr) -> bool:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        node = node.operand
+        return isinstance(node.operand, ast.Constant) and type(node.operand.value) in (int, float)
     return isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | bool)
 
 
 def _refused(node: ast.expr, text: str) -> InputError:
     return InputError(
-        f"the filter `{text}` holds `{ast.unparse(node)}`: use columns, values, comparisons, in, and, or, not"
+        f"the filter `{_shown(text)}` holds `{_shown(ast.unparse(node))}`: "
+        "use columns, values, comparisons, in, and, or, not"
     )
+
+
+def _shown(text: str) -> str:
+    """The text in one line, shortened."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
 
 
 def _evaluate(node: ast.expr, table: Mapping[str, pd.Series] | pd.DataFrame) -> Any:
@@ -129,24 +149,52 @@ def _evaluate(node: ast.expr, table: Mapping[str, pd.Series] | pd.DataFrame) -> 
     if isinstance(node, ast.Compare):
         result: Any = True
         for left, op, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
-            result = np.logical_and(result, _compare(_value(left, table), op, right, table))
+            result = np.logical_and(result, _compare(_value(left, table), op, _value(right, table)))
         return result
-    return np.asarray(_value(node, table), dtype=bool)
+    return _condition(_value(node, table))
 
 
-def _compare(left: Any, op: ast.cmpop, right: ast.expr, table: Mapping[str, pd.Series] | pd.DataFrame) -> Any:
-    if isinstance(op, ast.In | ast.NotIn):
-        inside = np.isin(np.asarray(left), ast.literal_eval(right) if not isinstance(right, ast.Set) else _set(right))
-        return inside if isinstance(op, ast.In) else np.logical_not(inside)
-    return np.asarray(_COMPARISONS[type(op)](left, _value(right, table)), dtype=bool)
+def _compare(left: Any, op: ast.cmpop, right: Any) -> Any:
+    """Compare where nothing is missing; elsewhere only `!=` and `not in` hold."""
+    compare = _COMPARISONS.get(type(op)) or (_is_in if isinstance(op, ast.In) else _is_not_in)
+    columns = [part for part in (left, right) if isinstance(part, pd.Series)]
+    if not columns:
+        return compare(left, right)
+    present = np.logical_and.reduce([column.notna().to_numpy() for column in columns])
+    result = np.full(len(present), isinstance(op, ast.NotEq | ast.NotIn))
+    if present.any():
+        kept = [part[present] if isinstance(part, pd.Series) else part for part in (left, right)]
+        result[present] = np.asarray(compare(*kept), dtype=bool)
+    return result
 
 
-def _set(node: ast.Set) -> list[Any]:
-    return sorted(ast.literal_eval(node))
+def _is_in(left: Any, values: list[Any]) -> Any:
+    if not isinstance(left, pd.Series):
+        return left in values
+    if left.dtype == object:
+        return left.isin(values)
+    # as == would have it: numbers are rounded to the column's type, and text equals no number
+    return np.logical_or.reduce([np.zeros(len(left), dtype=bool), *(np.asarray(left == v, bool) for v in values)])
+
+
+def _is_not_in(left: Any, values: list[Any]) -> Any:
+    return np.logical_not(_is_in(left, values))
+
+
+def _condition(column: pd.Series) -> np.ndarray:
+    """A column that stands alone has to be one of True and False; missing is False."""
+    present = column.notna().to_numpy()
+    if not all(isinstance(value, bool | np.bool_) for value in column[present].unique()):
+        raise InputError(f"column '{column.name}' stands alone in the filter and is no truth: compare it with a value")
+    result = np.zeros(len(present), dtype=bool)
+    result[present] = column[present].to_numpy(dtype=bool)
+    return result
 
 
 def _value(node: ast.expr, table: Mapping[str, pd.Series] | pd.DataFrame) -> Any:
     if isinstance(node, ast.Name):
-        column = table[node.id]
+        column = table[node.id].rename(node.id)
         return column.astype(object) if isinstance(column.dtype, pd.CategoricalDtype) else column
+    if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        return [ast.literal_eval(part) for part in node.elts]
     return ast.literal_eval(node)

@@ -101,7 +101,7 @@ def test_no_cell_ends_with_a_latent_of_zeros(trained):
 
 def test_total_is_the_weighted_sum(trained):
     for losses in trained[2]:
-        expected = losses["reconstruction"] + 0.2 * losses["triplet"] + 250.0 * losses["conservation"]
+        expected = losses["reconstruction"] + 0.2 * losses["triplet"] + 1.0 * losses["conservation"]
         assert losses["total"] == pytest.approx(expected, rel=1e-5)
 
 
