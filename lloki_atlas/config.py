@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -139,6 +140,8 @@ class AtlasConfig:
         InputError
             On a section or a key that does not exist, or a value out of range.
         """
+        if not isinstance(sections, Mapping):
+            raise InputError(f"[settings] is {sections!r}: give tables such as [settings.propagation]")
         parts: dict[str, Any] = {}
         for section, values in sections.items():
             if section not in _SECTIONS:
@@ -157,6 +160,8 @@ _SECTIONS: dict[str, type] = {
 
 def settings_from_dict(kind: type, values: Mapping[str, Any], *, where: str) -> Any:
     """Build one settings dataclass from a table, refusing keys that it does not have and values of another type."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"[{where}] is {values!r}: give a table of settings")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     defaults = kind()
     checked: dict[str, Any] = {}
@@ -166,10 +171,9 @@ def settings_from_dict(kind: type, values: Mapping[str, Any], *, where: str) -> 
         default = getattr(defaults, name)
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if default is not None and type(value) is not type(default):
-            raise InputError(
-                f"'{name}' in [{where}] is {value!r}, a {type(value).__name__}: give a {type(default).__name__}"
-            )
+        wanted = str if default is None else type(default)
+        if type(value) is not wanted and not (default is None and value is None):
+            raise InputError(f"'{name}' in [{where}] is {value!r}, a {type(value).__name__}: give a {wanted.__name__}")
         checked[name] = value
     return kind(**checked)
 
@@ -221,5 +225,5 @@ def _plain(value: Any) -> Any:
 
 
 def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
-    if not condition:
+    if not condition or (isinstance(value, float) and not math.isfinite(value)):
         raise InputError(f"{name} is {value!r}: it has to be {wanted}")

@@ -17,7 +17,7 @@ Workers = Annotated[
 ]
 Cluster = Annotated[str, typer.Option("--cluster", help="`local`, or the address of a scheduler, tcp://host:8786.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Root = Annotated[Path, typer.Argument(help="Folder of the catalog.")]
+Root = Annotated[str, typer.Argument(help="Folder of the catalog.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -59,6 +59,7 @@ def simulate(
 def build(
     manifest: Annotated[Path, typer.Argument(help="A manifest, such as catalogs/mouse-cortex.toml.")],
     root: Annotated[Path | None, typer.Option("--root", help="Folder of the catalog [default: NAME.atlas].")] = None,
+    until: Annotated[str, typer.Option("--until", help="Last stage.")] = "integrate",
     workers: Workers = None,
     cluster: Cluster = "local",
     quiet: Quiet = False,
@@ -69,7 +70,7 @@ def build(
     from lloki_atlas.stages.pipeline import status
 
     with client_of(cluster) as client:
-        catalog = construct(manifest, root=root, client=client, n_workers=workers, progress=not quiet)
+        catalog = construct(manifest, root=root, until=until, client=client, n_workers=workers, progress=not quiet)
     state = status(catalog)
     emit(
         {"root": str(catalog.root), **state},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from lloki_atlas.cli.output import emit, table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-Root = Annotated[Path, typer.Argument(help="Folder of the catalog.")]
+Root = Annotated[str, typer.Argument(help="Folder of the catalog.")]
 Version = Annotated[int | None, typer.Option("--version", help="An earlier version [default: the newest].")]
 
 

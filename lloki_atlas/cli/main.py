@@ -42,7 +42,7 @@ def main() -> None:
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
             raise
-        sys.exit(fail(InputError(f"{describe_os_error(error)}: mend that, then the same command continues")))
+        sys.exit(fail(InputError(describe_os_error(error))))
     except SystemExit as end:
         if end.code == INTERRUPTED:
             typer.echo("interrupted: what was finished is kept, the same command continues", err=True)

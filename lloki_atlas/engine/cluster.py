@@ -46,7 +46,7 @@ def local_client(n_workers: int | None = None) -> Iterator[Any]:
         LocalCluster(
             n_workers=n_workers or os.cpu_count() or 1,
             threads_per_worker=1,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port: several runs may share a machine
             silence_logs=50,
         ) as cluster,
         Client(cluster) as client,

@@ -20,6 +20,7 @@ def build(
     manifest: str | Path | Manifest,
     *,
     root: str | Path | None = None,
+    until: str = "integrate",
     client: Any = None,
     progress: bool = True,
     n_workers: int | None = None,
@@ -32,6 +33,8 @@ def build(
         A `catalogs/*.toml`.
     root
         Folder of the catalog; `<name>.atlas` in the working directory when None.
+    until
+        Last stage to run.
     client, n_workers
         A `distributed.Client`, or the size of a local cluster.
     progress
@@ -58,7 +61,7 @@ def build(
     catalog = _open_or_create(described, location)
     for entry in slices:
         catalog = _ingest(catalog, described, entry)
-    return run(catalog, client=client, progress=progress, n_workers=n_workers)
+    return run(catalog, client=client, progress=progress, n_workers=n_workers, until=until)
 
 
 def _simulated(manifest: Manifest, location: Path) -> Manifest:

@@ -109,6 +109,7 @@ def compute(
 def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str], *, embedder_digest: str) -> list[Task]:
     """One task per tile, and one that publishes the slice's embedding when all tiles are there."""
     config = atlas_config(catalog)
+    store = SliceStore(catalog.path("slices", keys["ingest"]))
     arguments = {
         "slice_path": str(catalog.path("slices", keys["ingest"])),
         "reference_path": str(catalog.path("references", str(catalog.state.reference))),
@@ -129,7 +130,7 @@ def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str], *, e
         array=("X_fp", EMBEDDING_SIZE, "float16"),
         lineage={"stage": "embed", "graph": keys["propagate"], "panel": keys["reference"], "embedder": embedder_digest},
         memory=lambda cells: (
-            task_memory(record.n_cells, record.n_genes, dense_cells=cells, matrices=3)
+            task_memory(store, dense_cells=cells, matrices=3)
             + record.n_cells * (2 * config.propagation.n_neighbors + 1) * 8
             + cells * EMBEDDING_SIZE * 12
         ),

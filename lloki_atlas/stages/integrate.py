@@ -127,6 +127,10 @@ def plan_training(
     ]
     if not samples:
         raise InputError("there is no slice to train the autoencoder on: ingest some first")
+    columns = sorted({column for record in records for column in record.label_columns})
+    if label_key is not None and label_key not in columns:
+        known = ", ".join(columns) or "none, ingest slices with label_key"
+        raise InputError(f"no slice to train on has the label column '{label_key}': choose from {known}")
     n_platforms = len({sample["platform"] for sample in samples})
     n_cells = min(sum(record.n_cells for record in records), n_platforms * config.max_cells_per_technology)
     return Task(
@@ -141,7 +145,12 @@ def plan_training(
             folder=True,
         ),
         n_cells=n_cells,
-        projected_memory=n_cells * 512 * 4 * 3 + config.chunk_cells**2 * 4 * 3 + 256 * 2**20,
+        projected_memory=(
+            n_cells * 512 * 4 * 3
+            + max(record.n_cells for record in records) * 512 * 2  # a slice's embedding is read whole
+            + config.chunk_cells**2 * 4 * 3
+            + 256 * 2**20
+        ),
     )
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from lloki_atlas.config import AtlasConfig, load_toml
 from lloki_atlas.errors import InputError
@@ -42,7 +42,7 @@ class SliceSource:
     slice_value: str | None = None
     um_per_unit: float | None = None
     spatial_key: str = "spatial"
-    label_key: str | None = None
+    label_key: str | list[str] | None = None
     layer: str | None = None
     table: str | None = None
     empty_cells: str = "error"
@@ -58,6 +58,14 @@ class Simulation:
     n_cells: int = 8000
     n_slices: int = 4
     random_state: int = 0
+
+
+@dataclass(frozen=True)
+class _Atlas:
+    """`[atlas]`: what it is called, and the folder that its sources are in."""
+
+    name: str = ""
+    data: str = "."
 
 
 @dataclass(frozen=True)
@@ -89,17 +97,19 @@ def read_manifest(path: str | Path) -> Manifest:
     unknown = set(content) - {"atlas", "reference", "slices", "settings", "simulate"}
     if unknown:
         raise InputError(f"{path} has unknown sections: {', '.join(sorted(unknown))}")
-    atlas = content.get("atlas", {})
-    if not isinstance(atlas.get("name"), str) or not atlas["name"]:
+    atlas = _table(_Atlas, content.get("atlas", {}), f"{path} [atlas]")
+    if not atlas.name:
         raise InputError(f'{path} has no name: begin with [atlas] and name = "..."')
+    if not isinstance(content.get("slices", []), list):
+        raise InputError(f"{path} has one table [slices]: write [[slices]], once for every slice")
     simulation = _table(Simulation, content["simulate"], f"{path} [simulate]") if "simulate" in content else None
     if simulation is None and ("reference" not in content or not content.get("slices")):
         raise InputError(f"{path} needs [reference] and at least one [[slices]], or [simulate]")
     reference = content.get("reference")
     return Manifest(
         path=path,
-        name=atlas["name"],
-        data=_data_folder(atlas.get("data", "."), path),
+        name=atlas.name,
+        data=_data_folder(atlas.data, path),
         reference=None if reference is None else _table(ReferenceSource, reference, f"{path} [reference]"),
         slices=tuple(
             _table(SliceSource, entry, f"{path} [[slices]] number {number}")
@@ -110,11 +120,17 @@ def read_manifest(path: str | Path) -> Manifest:
     )
 
 
-def _table(kind: type, values: Mapping[str, Any], where: str) -> Any:
+def _table(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} is {values!r}: give a table of keys and values")
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in values:
+    hints = get_type_hints(kind)
+    for name, value in values.items():
         if name not in fields:
             raise InputError(f"{where} has an unknown key '{name}': choose from {', '.join(fields)}")
+        kinds = [get_origin(part) or part for part in get_args(hints[name]) or (hints[name],)]
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            raise InputError(f"'{name}' in {where} is {value!r}: give a {kinds[0].__name__}")
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     for name in required:
         if name not in values:

@@ -14,6 +14,11 @@ from lloki_atlas.kernels.hashing import text_key
 from lloki_atlas.store.arrays import read_arrays
 from lloki_atlas.store.slices import SliceStore
 
+# a count is read, freed of controls and cut to the shared genes (8 bytes each time); the embedder's scale needs
+# three float64 at a time
+ENTRY_BYTES = 48
+CELL_BYTES = 64
+
 
 @dataclass(frozen=True)
 class PanelCounts:
@@ -91,11 +96,8 @@ def slice_random_key(slice_id: str, settings: PropagationConfig) -> int:
     return text_key(f"{slice_id}/{settings.random_state}")
 
 
-def task_memory(n_cells: int, n_genes: int, *, dense_cells: int = 0, matrices: int = 1) -> int:
-    """Projected bytes: the slice's counts as CSR at a third of the panel filled, and dense (cells, genes) float32 work.
-
-    A third is denser than all but the smallest published panels; small panels cost nothing either way.
-    """
-    sparse = n_cells * (n_genes / 3 + 8) * 12 * 2
-    dense = dense_cells * n_genes * 4 * matrices
-    return int(sparse + dense) + 64 * 2**20
+def task_memory(store: SliceStore, *, dense_cells: int = 0, matrices: int = 1) -> int:
+    """Projected bytes: the slice's counts and what is made of them, and dense (cells, genes) float32 work."""
+    sparse = store.n_counts * ENTRY_BYTES + store.n_cells * CELL_BYTES
+    dense = dense_cells * store.n_genes * 4 * matrices
+    return sparse + dense + 64 * 2**20

@@ -44,7 +44,7 @@ def plan(
     Parameters
     ----------
     catalog
-        Opened with mode "a".
+        Opened with mode "r+" to run the plan, "r" to look at it.
     slices
         Slice ids; all slices when None.
     until
@@ -102,6 +102,8 @@ def run(
     catalog: Catalog, *, client: Any = None, progress: bool = True, n_workers: int | None = None, **choice: Any
 ) -> Catalog:
     """Plan and run; `choice` is passed on to `plan`. Returns the catalog at the version that holds the results."""
+    if catalog.mode == "r":
+        raise InputError(f"{catalog.root} is open for reading: open it with mode='r+' to run")
     return plan(catalog, **choice).run(client, progress=progress, n_workers=n_workers)
 
 
@@ -120,9 +122,9 @@ def train_autoencoder(
     Parameters
     ----------
     catalog
-        Opened with mode "a".
+        Opened with mode "r+".
     slices
-        Slices to train on; all when None.
+        Slices to train on; all when None. Every panel of the atlas has to be among theirs.
     label_key
         Column of cell types that refines positives and negatives.
     random_state
@@ -154,28 +156,37 @@ class _Model:
 
 
 def _choose_model(catalog: Catalog, names: list[str], train_on: Iterable[str] | None, label_key: str | None) -> _Model:
-    config = atlas_config(catalog)
     current = catalog.state.models.get("autoencoder")
     if current is None or train_on is not None:
-        chosen = tuple(names if train_on is None else sorted(set(train_on)))
-        key = model_key(config, {name: _embed_key(catalog, name) for name in chosen}, label_key)
-        return _Model(key, chosen, label_key, train=True)
-    description = integrate.checkpoint_description(catalog, current)
-    trained = description["lineage"]["slices"]
-    label_key = description["lineage"]["label_key"]
-    # a slice that has left the atlas stays what the model was made of
-    embeddings = {n: _embed_key(catalog, n) if n in catalog.state.slices else key for n, key in trained.items()}
-    key = model_key(config, embeddings, label_key)
-    if key != current:
-        return _Model(key, tuple(n for n in trained if n in catalog.state.slices), label_key, train=True)
+        model = _new_model(catalog, names if train_on is None else sorted(set(train_on)), label_key)
+    else:
+        description = integrate.checkpoint_description(catalog, current)
+        trained = description["lineage"]["slices"]
+        label_key = description["lineage"]["label_key"]
+        # a slice that has left the atlas stays what the model was made of
+        embeddings = {n: _embed_key(catalog, n) if n in catalog.state.slices else key for n, key in trained.items()}
+        if model_key(atlas_config(catalog), embeddings, label_key) == current:
+            _check_platforms(catalog, names, known=description["platforms"])
+            return _Model(current, tuple(trained), label_key, train=False)
+        model = _new_model(catalog, [name for name in trained if name in catalog.state.slices], label_key)
+    platforms = [integrate.platform_name(catalog.slice(name)) for name in model.slices]
+    _check_platforms(catalog, names if model.slices else [], known=platforms)
+    return model
+
+
+def _new_model(catalog: Catalog, slices: list[str], label_key: str | None) -> _Model:
+    key = model_key(atlas_config(catalog), {name: _embed_key(catalog, name) for name in slices}, label_key)
+    return _Model(key, tuple(slices), label_key, train=True)
+
+
+def _check_platforms(catalog: Catalog, names: list[str], *, known: list[str]) -> None:
     for name in names:
-        platform = integrate.platform_name(catalog.slice(name))
-        if platform not in description["platforms"]:
+        record = catalog.slice(name)
+        if integrate.platform_name(record) not in known:
             raise InputError(
-                f"the encoder has no token for slice '{name}' ({catalog.slice(name).technology}, a new panel): train "
-                "it anew with `lloki-atlas train`, or stop at the 512-d embedding with until='embed'"
+                f"the encoder has no token for slice '{name}' ({record.technology}, a new panel): train it anew with "
+                "`lloki-atlas train` on slices of every panel, or stop at the 512-d embedding with until='embed'"
             )
-    return _Model(current, tuple(trained), label_key, train=False)
 
 
 def _embed_key(catalog: Catalog, slice_id: str) -> str:

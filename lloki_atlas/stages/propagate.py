@@ -194,13 +194,16 @@ def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str]) -> l
                 attributes={"slice_id": record.slice_id},
             ),
             n_cells=record.n_cells,
-            projected_memory=_projected_memory(record, atlas_config(catalog).propagation),
+            projected_memory=_projected_memory(
+                SliceStore(catalog.path("slices", keys["ingest"])), atlas_config(catalog).propagation
+            ),
             slice_id=record.slice_id,
         )
     ]
 
 
-def _projected_memory(record: SliceRecord, settings: PropagationConfig) -> int:
-    """Counts, three dense (n_cells, n_shared) matrices of propagation, two graphs of at most 2k + 1 entries a cell."""
-    graphs = 2 * record.n_cells * (2 * settings.n_neighbors + 1) * 8 * 2
-    return graphs + task_memory(record.n_cells, record.n_genes, dense_cells=record.n_cells, matrices=3)
+def _projected_memory(store: SliceStore, settings: PropagationConfig) -> int:
+    """Counts, dense (n_cells, n_shared) values with up to a third filled in, two graphs of at most 2k + 1 a cell."""
+    graphs = 2 * store.n_cells * (2 * settings.n_neighbors + 1) * 8 * 2
+    # values, and 48 bytes for each of those filled in: no less than the two float32 and the byte of an iteration
+    return graphs + task_memory(store, dense_cells=store.n_cells, matrices=5)

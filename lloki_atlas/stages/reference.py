@@ -18,6 +18,7 @@ from lloki_atlas.stages.genes import map_symbols
 from lloki_atlas.stages.lineage import atlas_config
 from lloki_atlas.stages.panels import shared_symbols
 from lloki_atlas.stages.sources import open_source
+from lloki_atlas.store.arrays import read_arrays
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
 from lloki_atlas.store.references import ReferenceProfile, read_reference
@@ -142,13 +143,15 @@ def compute(reference_path: str, slice_path: str, settings: dict[str, Any]) -> d
 def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str]) -> list[Task]:
     """One task per panel; slices that share a panel share it."""
     key = keys["reference"]
+    reference_path = str(catalog.path("references", str(catalog.state.reference)))
+    n_counts = int(read_arrays(reference_path, ["indptr"])["indptr"][-1])
     return [
         Task(
             name=f"reference/{key}",
             stage="reference",
             function="lloki_atlas.stages.reference:compute",
             arguments={
-                "reference_path": str(catalog.path("references", str(catalog.state.reference))),
+                "reference_path": reference_path,
                 "slice_path": str(catalog.path("slices", keys["ingest"])),
                 "settings": to_dict(atlas_config(catalog).embedder),
             },
@@ -158,6 +161,7 @@ def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str]) -> l
                 lineage={"stage": "reference", "reference": catalog.state.reference, "panel": record.panel},
                 dims=PANEL_DIMS,
             ),
-            projected_memory=512 * 2**20,
+            # the whole reference is read (16 bytes a count, measured); the rest is what a panel takes of it
+            projected_memory=n_counts * 20 + 512 * 2**20,
         )
     ]

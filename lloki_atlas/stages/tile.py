@@ -101,7 +101,7 @@ def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str]) -> l
                 attributes={"slice_id": record.slice_id},
             ),
             n_cells=record.n_cells,
-            projected_memory=task_memory(record.n_cells, record.n_genes),
+            projected_memory=task_memory(SliceStore(catalog.path("slices", keys["ingest"]))),
             slice_id=record.slice_id,
         )
     ]

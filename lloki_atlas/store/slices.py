@@ -70,6 +70,11 @@ class SliceStore:
         return self._shape[1]
 
     @property
+    def n_counts(self) -> int:
+        """Number of counts that are not zero."""
+        return int(self._member("X/data").shape[0])
+
+    @property
     def tile_cells(self) -> int:
         """Cells of a tile, but for the last one."""
         return int(self.metadata["tile_cells"])
