@@ -125,7 +125,7 @@ def _execute(tasks: tuple[Task, ...], client: Any, *, progress: bool) -> Outcome
     done: set[str] = set()
     failed: dict[str, BaseException] = {}
     waiting = iter(tasks)
-    completed = as_completed()
+    completed = as_completed(loop=client.loop)  # else it would ask for the default client, which may be another
     in_flight = 0
 
     def submit() -> bool:

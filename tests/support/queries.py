@@ -49,7 +49,8 @@ def build_once(folder: Path) -> Path:
     if root.exists():
         return root
     sources = simulate(folder / "sources", n_cells=4 * N_CELLS, n_slices=4).parent
-    _make_gaps(sources / f"{GAPPY}.h5ad")
+    for slice_id in IDS:
+        _rewrite(sources / f"{slice_id}.h5ad", gaps=slice_id == GAPPY)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         catalog = create_catalog(root, reference=sources / "reference.h5ad", organism="mouse", config=CONFIG)
@@ -93,8 +94,16 @@ def embeddings(root: Path, name: str = "X_lloki") -> tuple[np.ndarray, pd.DataFr
     return np.concatenate(vectors).astype(np.float32), pd.concat(tables, ignore_index=True)
 
 
-def _make_gaps(path: Path) -> None:
+def _rewrite(path: Path, *, gaps: bool) -> None:
+    """Let the positions begin at (0, 0); make a slice gappy."""
     adata = anndata.read_h5ad(path)
+    adata.obsm["spatial"] = adata.obsm["spatial"] - adata.obsm["spatial"].min(axis=0)
+    if gaps:
+        _make_gaps(adata)
+    adata.write_h5ad(path)
+
+
+def _make_gaps(adata: anndata.AnnData) -> None:
     counts = adata.X.tolil()
     counts[EMPTY_ROW] = 0
     adata.X = counts.tocsr()
@@ -103,4 +112,3 @@ def _make_gaps(path: Path) -> None:
     adata.obs["kept"] = pd.array([None if row % 5 == 0 else bool(row % 2) for row in rows], dtype="boolean")
     adata.obs["note"] = pd.Series([None if row % 3 == 0 else f"note {row}" for row in rows], dtype=object).to_numpy()
     adata.obs["cell_type_coarse"] = adata.obs["cell_type_coarse"].where(rows % 11 != 0)
-    adata.write_h5ad(path)

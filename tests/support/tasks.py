@@ -59,6 +59,7 @@ def die_once(log: str, name: str) -> dict[str, np.ndarray]:
 
 def note(log: str, name: str) -> None:
     """Append one line."""
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as handle:
         handle.write(f"{name}\n")
 
