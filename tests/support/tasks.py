@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def lose_workers(log: str, name: str) -> dict[str, np.ndarray]:
     """Fail as a task does that killed worker after worker."""
     from distributed.scheduler import KilledWorker
 
-    raise KilledWorker(name, "tcp://127.0.0.1:1", 3)
+    raise KilledWorker(name, SimpleNamespace(address="tcp://127.0.0.1:1"), 3)
 
 
 def die_once(log: str, name: str) -> dict[str, np.ndarray]:
