@@ -13,7 +13,8 @@ from lloki_atlas.cli.output import emit, table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Workers = Annotated[
-    int | None, typer.Option("--workers", help="Worker processes of the local cluster; as many as cores by default.")
+    int | None,
+    typer.Option("--workers", min=1, help="Worker processes of the local cluster; as many as cores by default."),
 ]
 Cluster = Annotated[str, typer.Option("--cluster", help="`local`, or the address of a scheduler, tcp://host:8786.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]

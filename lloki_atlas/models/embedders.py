@@ -21,6 +21,7 @@ from lloki_atlas.errors import InputError
 EMBEDDING_SIZE = 512
 ENTRY_POINT_GROUP = "lloki_atlas.embedders"
 BLOCK_ROWS = 256
+BLOCK_COLUMNS = 64  # in products with fewer than 12 columns the bits of a row follow from its place in the block
 CLIP = 8.0
 SD_FLOOR = 1e-3
 
@@ -241,16 +242,17 @@ def blockwise_product(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     from lloki_atlas.models.threads import single_thread
 
-    n_rows = rows.shape[0]
-    out = np.empty((n_rows, weights.shape[1]), dtype=np.float32)
-    block = np.zeros((BLOCK_ROWS, rows.shape[1]), dtype=np.float32)
-    right = torch.from_numpy(weights)
+    n_rows, (n_genes, n_columns) = rows.shape[0], weights.shape
+    out = np.empty((n_rows, n_columns), dtype=np.float32)
+    block = np.zeros((BLOCK_ROWS, n_genes), dtype=np.float32)
+    right = torch.zeros((n_genes, -(-n_columns // BLOCK_COLUMNS) * BLOCK_COLUMNS))
+    right[:, :n_columns] = torch.from_numpy(weights)
     with single_thread():
         for start in range(0, n_rows, BLOCK_ROWS):
             part = rows[start : start + BLOCK_ROWS]
             block[: len(part)] = part
             block[len(part) :] = 0.0
-            out[start : start + len(part)] = (torch.from_numpy(block) @ right).numpy()[: len(part)]
+            out[start : start + len(part)] = (torch.from_numpy(block) @ right).numpy()[: len(part), :n_columns]
     return out
 
 

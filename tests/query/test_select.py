@@ -362,7 +362,7 @@ NOTHING = {"no slice": {"slices": []}, "no cell": {"where": "x < -1e9"}}
 
 
 @pytest.mark.parametrize("name", NOTHING)
-class TestOf:
+class TestASelectionWith:
     @pytest.fixture
     def nothing(self, catalog, name):
         return select_cells(catalog, **NOTHING[name])

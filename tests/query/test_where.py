@@ -296,28 +296,7 @@ PYTHON_LEAVES = st.one_of(
 )
 
 
-TOKENS = ["n", "note", "==", "<", "in", "not", "and", "or", "(", ")", ",", "'x'", "-1", "0.5", "True", "lambda", ".", ":"]
-    "n",
-    "note",
-    "==",
-    "<",
-    "in",
-    "not",
-    "and",
-    "or",
-    "(",
-    ")",
-    "[",
-    ",",
-    "'x'",
-    "-1",
-    "0.5",
-    "True",
-    "lambda",
-    ".",
-    ":",
-    "{",
-]
+TOKENS = ["n", "note", "==", "<", "in", "not", "and", "or", "(", ")", ",", "'x'", "-1", "0.5", "True", "lambda", "."]
 
 
 def expressions(leaves):

@@ -140,7 +140,7 @@ def client() -> Iterator[Any]:
         processes=False,
         n_workers=1,
         threads_per_worker=1,
-        dashboard_address=None,
+        dashboard_address=":0",
         silence_logs=60,
         set_as_default=False,
     ) as made:

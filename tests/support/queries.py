@@ -39,7 +39,7 @@ def inner_client() -> Iterator[Any]:
     """A Dask client whose one worker lives in this process."""
     from distributed import Client
 
-    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as client:
         yield client
 
 
