@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
 from lloki_atlas.config import EmbedderConfig, digest
-from lloki_atlas.errors import InputError
+from lloki_atlas.errors import CheckpointError, InputError
 
 EMBEDDING_SIZE = 512
 ENTRY_POINT_GROUP = "lloki_atlas.embedders"
@@ -67,7 +68,10 @@ class EmbedderFactory(Protocol):
         ...
 
     def digest(self, config: EmbedderConfig) -> str:
-        """Return the content digest of everything that decides the embedder's output."""
+        """Return the content digest of everything that decides the embedder's output.
+
+        Asked when a catalog is created, and by every task that embeds; weights that `open` could not use are refused.
+        """
         ...
 
 
@@ -157,7 +161,6 @@ class ReferenceFactory:
         """Digest of the settings; the reference itself has its own key."""
         return digest({"name": "reference", "n_factors": config.n_factors, "ridge": config.ridge, "version": 1})
 
-
 class ScGPTFactory:
     """Makes scGPT embedders from an official checkpoint folder; the model is loaded once per process."""
 
@@ -170,10 +173,8 @@ class ScGPTFactory:
         return _ScGPTEmbedder(_load_scgpt(config), symbols)
 
     def digest(self, config: EmbedderConfig) -> str:
-        """Digest of the checkpoint's content, wherever it lies."""
-        from lloki_atlas.models.checkpoint import checkpoint_digest
-
-        return digest({"name": "scgpt", "checkpoint": checkpoint_digest(str(config.checkpoint)), "version": 1})
+        """Digest of the checkpoint's content, wherever it lies, as it was loaded by this process."""
+        return digest({"name": "scgpt", "checkpoint": _load_scgpt(config).digest, "version": 1})
 
 
 class _ScGPTEmbedder:
@@ -186,25 +187,32 @@ class _ScGPTEmbedder:
 
     def embed(self, rows: np.ndarray) -> np.ndarray:
         embedding = self._model.embed(rows, self._symbols)
-        if embedding.shape[1] > EMBEDDING_SIZE:
-            raise InputError(
-                f"the checkpoint embeds in {embedding.shape[1]} dimensions: the store holds at most {EMBEDDING_SIZE}"
-            )
         padded = np.zeros((rows.shape[0], EMBEDDING_SIZE), dtype=np.float32)
         padded[:, : embedding.shape[1]] = embedding
         return padded
 
 
-_loaded: dict[tuple[str, str], object] = {}
+_loaded: dict[tuple[str, str, str], object] = {}
 
 
 def _load_scgpt(config: EmbedderConfig):  # type: ignore[no-untyped-def]
     from lloki_atlas.models.scgpt import load_scgpt
 
-    place = (str(config.checkpoint), config.device)
+    # size and time of the files: a checkpoint that was replaced under a running worker is read again
+    stamps = [
+        (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
+        for entry in sorted(Path(str(config.checkpoint)).glob("*"))
+    ]
+    place = (str(config.checkpoint), config.device, str(stamps))
     if place not in _loaded:
         _loaded.clear()  # one model a process: a worker serves one atlas at a time
-        _loaded[place] = load_scgpt(str(config.checkpoint), device=config.device)
+        model = load_scgpt(str(config.checkpoint), device=config.device)
+        if model.settings.embsize > EMBEDDING_SIZE:
+            raise CheckpointError(
+                f"{config.checkpoint} embeds in {model.settings.embsize} dimensions: the store holds at most "
+                f"{EMBEDDING_SIZE}"
+            )
+        _loaded[place] = model
     return _loaded[place]
 
 

@@ -330,9 +330,8 @@ def test_scgpt_has_nothing_to_fit_to_a_panel():
 def test_a_checkpoint_that_embeds_in_more_than_512_numbers_is_refused(tmp_path):
     folder = write_checkpoint(tmp_path, genes=SYMBOLS, embsize=516, nheads=4, d_hid=8, nlayers=1)
     config = EmbedderConfig(name="scgpt", checkpoint=str(folder), device="cpu")
-    embedder = embedder_factory("scgpt").open(config, SYMBOLS, {}, {})
-    with pytest.raises(InputError, match="embeds in 516 dimensions: the store holds at most 512"):
-        embedder.embed(np.ones((1, N_GENES), np.float32))
+    with pytest.raises(CheckpointError, match="embeds in 516 dimensions: the store holds at most 512"):
+        embedder_factory("scgpt").digest(config)
 
 
 def test_one_model_is_held_by_a_process(tmp_path):

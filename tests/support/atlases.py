@@ -6,6 +6,7 @@ The folders that the fixtures give are shared by all tests: copy them (`copied`)
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -129,6 +130,45 @@ def by_cell(catalog: Catalog, slice_id: str, name: str) -> dict[str, bytes]:
 def stages(plan: Plan) -> dict[str, int]:
     """Number of tasks of each stage of a plan."""
     return {stage: part["tasks"] for stage, part in plan.summary()["stages"].items()}
+
+
+def settings_text(config: AtlasConfig = CONFIG, **changed: Any) -> str:
+    """Settings as TOML; `changed` holds other values by section."""
+    values = to_dict(config)
+    for section, part in changed.items():
+        values[section] = {**values[section], **part}
+    lines = []
+    for section, part in values.items():
+        lines.append(f"[settings.{section}]")
+        lines += [f"{name} = {json.dumps(value)}" for name, value in part.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def slice_text(source: str, **options: Any) -> str:
+    """One `[[slices]]` of a manifest."""
+    values = {
+        "source": source,
+        "technology": TECHNOLOGIES.get(Path(source).stem, "SimFISH"),
+        "organism": "mouse",
+        "coordinate_unit": "micrometer",
+        "label_key": "cell_type_coarse",
+        **options,
+    }
+    return "[[slices]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+
+def write_manifest(
+    path: Path, sources: Path, *slices: str, reference: str = "reference.h5ad", settings: str | None = None
+) -> Path:
+    """Write the manifest of a small atlas; of the two usual slices unless others are given."""
+    parts = [
+        f'[atlas]\nname = "small"\ndata = {json.dumps(str(sources))}\n',
+        f'[reference]\nsource = "{reference}"\norganism = "mouse"\nlabel_key = "cell_type_coarse"\n',
+        *(slices or [slice_text(f"{name}.h5ad") for name in SLICES]),
+        settings_text() if settings is None else settings,
+    ]
+    path.write_text("\n".join(parts))
+    return path
 
 
 @pytest.fixture(scope="session")
