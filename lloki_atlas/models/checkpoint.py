@@ -203,7 +203,7 @@ def _match(state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ..
         if tuple(value.shape) != shape:
             raise CheckpointError(
                 f"'{name}' of best_model.pt has the shape {tuple(value.shape)}, "
-                f"but args.json and vocab.json ask for {shape}"
+                f"but args.json and vocab.json ask for {shape}: take all three files of one checkpoint"
             )
         if not value.is_floating_point() or not torch.isfinite(value).all():
             raise CheckpointError(f"'{name}' of best_model.pt holds values that are not finite numbers: it is damaged")

@@ -161,6 +161,7 @@ class ReferenceFactory:
         """Digest of the settings; the reference itself has its own key."""
         return digest({"name": "reference", "n_factors": config.n_factors, "ridge": config.ridge, "version": 1})
 
+
 class ScGPTFactory:
     """Makes scGPT embedders from an official checkpoint folder; the model is loaded once per process."""
 
