@@ -248,8 +248,9 @@ def run_task(task: Task, *dependencies: Any) -> str:
 
 
 def _publish_tiles(output: Output) -> None:
-    publish(output.staging, output.path, lineage=dict(output.lineage))
+    # markers go first: one that outlived the rows it speaks of would let them be skipped for ever
     shutil.rmtree(f"{output.staging}.tiles", ignore_errors=True)
+    publish(output.staging, output.path, lineage=dict(output.lineage))
 
 
 def _rows_digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -36,7 +36,7 @@ def check_counts(counts: csr_matrix, *, where: str, accept_normalized: bool = Fa
     if fractional.any():
         raise InputError(
             f"the counts of {where} are not whole numbers ({_number(values[fractional][0])} for example), so they were "
-            "normalised: pass layer='counts' if raw counts are in a layer, or accept_normalized=True"
+            "normalised: pass layer='counts' if raw counts are in a layer, or accept_normalized=True (--accept-normalized)"
         )
     if len(values) and values.max() > MAX_COUNT:
         raise InputError(f"{where} has a count of {_number(values.max())}: give raw counts below {MAX_COUNT:.0f}")
@@ -69,7 +69,7 @@ def check_empty_cells(counts: csr_matrix, *, cells: Sequence[str], where: str, e
     if len(empty) and empty_cells == "error":
         raise InputError(
             f"{len(empty)} of {counts.shape[0]} cells of {where} have no count at all ({_first(cells, empty)}): "
-            "remove them, or pass empty_cells='keep' to store them without an embedding"
+            "remove them, or pass empty_cells='keep' (--keep-empty-cells) to store them without an embedding"
         )
     return len(empty)
 

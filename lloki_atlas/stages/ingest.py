@@ -126,9 +126,7 @@ def ingest(
     if slice_id in catalog.state.slices:
         if catalog.slice(slice_id).objects.get("ingest") == key:
             return catalog
-        raise InputError(
-            f"slice '{slice_id}' is in {catalog.root} already with other content: remove it first, or choose another id"
-        )
+        raise InputError(f"slice '{slice_id}' is in {catalog.root} already with other content: choose another id")
     _publish_slice(catalog, prepared, key=key, lineage=lineage)
     record = SliceRecord(
         slice_id=slice_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,8 +12,6 @@ from lloki_atlas.config import AutoencoderConfig, to_dict
 from lloki_atlas.engine.plan import Output, Task
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.hashing import text_key
-from lloki_atlas.models.autoencoder import FrozenEncoder
-from lloki_atlas.models.training import load_encoder, save_checkpoint, train_autoencoder_on
 from lloki_atlas.stages.embed import tile_tasks
 from lloki_atlas.stages.lineage import atlas_config
 from lloki_atlas.store.arrays import read_arrays, read_rows
@@ -21,6 +19,10 @@ from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
 from lloki_atlas.store.slices import SliceStore
 
+if TYPE_CHECKING:
+    from lloki_atlas.models.autoencoder import FrozenEncoder
+
+# torch loads where a task needs it: the driver, `status` and `plan` do without
 LATENT_SIZE = 128
 NO_LABEL = ("", "nan", "None", "Unassigned", "unlabelled")
 
@@ -37,12 +39,16 @@ def run_tile(embedding: np.ndarray, platform: str, encoder: FrozenEncoder) -> np
 
 def compute(embedding_path: str, model_path: str, platform: str, start: int, stop: int) -> dict[str, np.ndarray]:
     """Task body: read a tile's 512-d embedding, encode it."""
+    from lloki_atlas.models.training import load_encoder
+
     rows = read_rows(embedding_path, "X_fp", start, stop)
     return {"X_lloki": run_tile(rows, platform, load_encoder(model_path))}
 
 
 def train(folder: str, samples: list[dict[str, Any]], settings: dict[str, Any], label_key: str | None) -> None:
     """Task body: draw the sample, train, write the checkpoint into `folder`."""
+    from lloki_atlas.models.training import save_checkpoint, train_autoencoder_on
+
     config = AutoencoderConfig(**settings)
     platforms = sorted({sample["platform"] for sample in samples})
     share = {name: sum(sample["platform"] == name for sample in samples) for name in platforms}

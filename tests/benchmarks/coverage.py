@@ -42,7 +42,9 @@ def main() -> None:
         return
     for name, row in report.items():
         missing = ", ".join(row["without"][:5]) or "none"
-        print(f"{name}: {row['embedded of those']} of {row['with shared genes']} (of {row['cells']}); without: {missing}")
+        print(
+            f"{name}: {row['embedded of those']} of {row['with shared genes']} (of {row['cells']}); without: {missing}"
+        )
 
 
 if __name__ == "__main__":

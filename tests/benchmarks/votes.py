@@ -62,7 +62,9 @@ def votes_of_shared_genes(catalog: Catalog, label_key: str, n_neighbors: int = 1
     adata = select_cells(catalog).to_anndata(counts=True)
     counts = adata.X
     slices = adata.obs["slice_id"].astype(str).to_numpy()
-    measured = np.stack([np.asarray((counts[slices == name] > 0).sum(axis=0)).ravel() > 0 for name in np.unique(slices)])
+    measured = np.stack(
+        [np.asarray((counts[slices == name] > 0).sum(axis=0)).ravel() > 0 for name in np.unique(slices)]
+    )
     values = counts[:, measured.all(axis=0)].toarray()
     values = np.log1p(values / np.maximum(np.asarray(counts.sum(axis=1)), 1) * 100)
     for name in np.unique(slices):

@@ -358,7 +358,7 @@ def test_build_refuses_a_manifest(tmp_path, name):
 
 
 def test_build_refuses_a_missing_manifest(tmp_path):
-    assert_refused(run_process("build", tmp_path / "nowhere.toml", "--quiet"), "nowhere.toml")
+    assert_refused(run_main("build", tmp_path / "nowhere.toml", "--quiet"), "nowhere.toml")
 
 
 def test_build_names_the_variable_that_is_not_set(tmp_path, monkeypatch):
@@ -383,6 +383,7 @@ def test_simulate_refuses_too_few_cells(tmp_path):
 CELL = f"{GAPPY}_0000001"
 QUESTIONS = {
     "an unknown slice": (["--slice", "simish_2", "--cell", CELL], ("simish_2", GAPPY)),
+    "a name of two lines": (["--slice", "two\nlines", "--cell", CELL], ("two lines",)),
     "an unknown cell": (["--slice", GAPPY, "--cell", "nobody"], ("nobody", GAPPY)),
     "an unknown column": (["--slice", GAPPY, "--cell", CELL, "--where", "subclass == 'L5'"], ("subclass", "cell_type")),
     "no comparison": (["--slice", GAPPY, "--cell", CELL, "--where", "cell ="], ("cannot read", "cell =")),
@@ -457,7 +458,7 @@ def test_an_address_is_no_catalog():
 def test_a_catalog_of_a_newer_format_is_refused(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "atlas"))
     (copy / "catalog.json").write_bytes(canonical_json({"format_version": 99, "id": "later"}))
-    assert_refused_by(copy, ["status", copy], "format 99", "update", code=4, run=run_process)
+    assert_refused_by(copy, ["log", copy], "format 99", "update", code=4, run=run_process)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format_version": "one"}', b"\xff"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from support.folders import folder_digest
 from support.tasks import N_ROWS, TILE_ROWS, notes, plan_of, tile_tasks, whole_task
 
+from lloki_atlas.engine import plan as plan_module
 from lloki_atlas.engine.plan import Outcome, Output, Plan, Task, link, run_task
 from lloki_atlas.errors import InputError, MemoryBudgetError, NotFoundError
 from lloki_atlas.store.arrays import read_arrays, read_attributes
-from lloki_atlas.store.objects import check_object, is_complete, read_receipt
+from lloki_atlas.store.objects import check_object, is_complete, publish, read_receipt
 
 ROWS = np.arange(N_ROWS, dtype=np.float32)
 EXPECTED = np.stack([ROWS, np.sqrt(ROWS)], axis=1)
@@ -118,6 +120,28 @@ def test_publishing_leaves_no_tile_markers_behind(tmp_path):
     for task in tile_tasks(tmp_path, "tiled"):
         run_task(task)
     assert not list((tmp_path / "staging").glob("*"))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_crash_beside_a_publication_does_not_hinder_the_next_attempt(tmp_path, monkeypatch, moment):
+    *tiles, last = tile_tasks(tmp_path, "tiled")
+    for tile in tiles:
+        run_task(tile)
+
+    def crash(*args, **options):
+        if moment == "after":
+            publish(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_module, "publish", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run_task(last)
+    # what was published is lost before anyone looks again
+    shutil.rmtree(tmp_path / "objects", ignore_errors=True)
+    for task in (*tiles, last):
+        run_task(task)
+    np.testing.assert_array_equal(read_arrays(at(tmp_path, "tiled"))["values"], EXPECTED)
 
 
 def test_publishing_without_any_tile_is_refused(tmp_path):

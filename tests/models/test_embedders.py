@@ -36,13 +36,15 @@ SYMBOLS = tuple(f"GENE{gene:02d}" for gene in range(N_GENES))
 
 
 def counts_of(n_cells, seed, *, dropped=0.4):
-    """Counts with an empty cell, a gene nobody has, and one that everybody has."""
+    """Counts with an empty cell, a gene nobody has, one that everybody has, and one of a single cell."""
     random = np.random.default_rng(seed)
     counts = random.poisson(random.gamma(0.7, 3.0, N_GENES), (n_cells, N_GENES)) * (
         random.random((n_cells, N_GENES)) > dropped
     )
     counts[0], counts[:, 1] = 0, 0
     counts[1:, 2] += 1
+    counts[:, 3] = 0
+    counts[5, 3] = 40
     return counts.astype(np.float32)
 
 
@@ -102,6 +104,12 @@ def test_the_map_of_a_panel_is_the_textbook_ridge_solution(ridge):
 
 def test_sparse_values_and_baseline_are_the_textbook_z_scores(case):
     np.testing.assert_allclose(case.dense(), case.scaled(case.slice, case.slice_totals, 40.0), atol=1e-5)
+
+
+def test_z_scores_are_clipped(case):
+    logged = case.logged(case.slice, case.slice_totals, 40.0)
+    assert ((logged - logged.mean(axis=0)) / (logged.std(axis=0) + SD_FLOOR)).max() > CLIP
+    assert case.dense().max() <= CLIP + 1e-5
 
 
 def test_the_sparse_part_has_the_pattern_of_the_counts(case):

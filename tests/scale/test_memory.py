@@ -62,7 +62,7 @@ def plain(task):
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("simfish_plus_1", 8_000), id="255 genes"),
+        pytest.param(("simfish_plus_1", 6_000), id="255 genes"),
         pytest.param(("simfish_1", 40_000), id="33 dense genes", marks=pytest.mark.slow),
         pytest.param(("simfish_plus_1", 50_000), id="255 genes of many cells", marks=pytest.mark.slow),
     ],
