@@ -36,7 +36,8 @@ def check_counts(counts: csr_matrix, *, where: str, accept_normalized: bool = Fa
     if fractional.any():
         raise InputError(
             f"the counts of {where} are not whole numbers ({_number(values[fractional][0])} for example), so they were "
-            "normalised: pass layer='counts' if raw counts are in a layer, or accept_normalized=True (--accept-normalized)"
+            "normalised: pass layer='counts' if raw counts are in a layer, or accept_normalized=True "
+            "(--accept-normalized)"
         )
     if len(values) and values.max() > MAX_COUNT:
         raise InputError(f"{where} has a count of {_number(values.max())}: give raw counts below {MAX_COUNT:.0f}")

@@ -13,7 +13,8 @@ from support.atlases import CONFIG, N_CELLS, SLICES, embedding
 
 from lloki_atlas.config import AutoencoderConfig, to_dict
 from lloki_atlas.errors import InputError
-from lloki_atlas.models import training
+from lloki_atlas.models import training as training_module
+from lloki_atlas.models import training as models_training
 from lloki_atlas.models.autoencoder import ConditionalAutoencoder, FrozenEncoder
 from lloki_atlas.models.training import load_encoder
 from lloki_atlas.stages import integrate
@@ -164,11 +165,11 @@ def test_a_label_column_that_a_slice_lacks_counts_as_no_labels(catalog, records,
 def test_no_technology_gives_more_cells_than_its_share(catalog, records, keys, tmp_path, monkeypatch):
     seen = {}
 
-    def note(embeddings, platform, slice_codes, platforms, *, original=training.train_autoencoder_on, **options):
+    def note(embeddings, platform, slice_codes, platforms, *, original=models_training.train_autoencoder_on, **options):
         seen.update(zip(platforms, np.bincount(platform).tolist(), strict=True))
         return original(embeddings, platform, slice_codes, platforms, **options)
 
-    monkeypatch.setattr(training, "train_autoencoder_on", note)
+    monkeypatch.setattr(models_training, "train_autoencoder_on", note)
     trained(catalog, records, keys, tmp_path / "model", max_cells_per_technology=20)
     assert seen == {platform_name(record): 20 for record in records}
 
