@@ -41,14 +41,14 @@ def main() -> None:
     manifest = arguments.manifest or _default_manifest()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "atlas"
+        command = [sys.executable, "-m", "lloki_atlas.cli", "build", manifest, "--root", str(root), "--quiet"]
+        command += ["--workers", str(arguments.workers)]
         report: dict[str, Any] = {
             "manifest": manifest,
             "date": datetime.now(UTC).date().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
             "workers": arguments.workers,
-            **measure(
-                [sys.executable, "-m", "lloki_atlas.cli", "build", manifest, "--root", str(root), "--quiet", "--workers", str(arguments.workers)]
-            ),
+            **measure(command),
         }
         catalog = open_catalog(root)
         report["cells"] = sum(record.n_cells for record in catalog.state.slices.values())
