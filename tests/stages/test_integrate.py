@@ -13,7 +13,6 @@ from support.atlases import CONFIG, N_CELLS, SLICES, embedding
 
 from lloki_atlas.config import AutoencoderConfig, to_dict
 from lloki_atlas.errors import InputError
-from lloki_atlas.models import training as training_module
 from lloki_atlas.models import training as models_training
 from lloki_atlas.models.autoencoder import ConditionalAutoencoder, FrozenEncoder
 from lloki_atlas.models.training import load_encoder
