@@ -8,6 +8,7 @@ never holds an atlas of keys.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -122,6 +123,8 @@ def _execute(tasks: tuple[Task, ...], client: Any, *, progress: bool) -> Outcome
     window = WINDOW * max(1, sum(client.nthreads().values()))
     by_key: dict[str, Task] = {}
     futures: dict[str, Any] = {}
+    # tasks yet to be submitted that need a task: at none its future is let go, and the scheduler forgets its key
+    wanted = Counter(name for task in tasks for name in task.requires)
     done: set[str] = set()
     failed: dict[str, BaseException] = {}
     waiting = iter(tasks)
@@ -134,6 +137,10 @@ def _execute(tasks: tuple[Task, ...], client: Any, *, progress: bool) -> Outcome
             return False
         needs = [futures[name] for name in task.requires]
         future = client.submit(run_task, task, *needs, key=f"{task.name}-{run_id}", pure=False)
+        for name in task.requires:
+            wanted[name] -= 1
+            if not wanted[name] and futures[name].done():
+                del futures[name]
         futures[task.name] = future
         by_key[future.key] = task
         completed.add(future)
@@ -145,6 +152,8 @@ def _execute(tasks: tuple[Task, ...], client: Any, *, progress: bool) -> Outcome
         for future in completed:
             task = by_key.pop(future.key)
             in_flight -= 1
+            if not wanted[task.name]:
+                del futures[task.name]
             if future.status == "finished":
                 done.add(task.name)
                 bars.advance(task)

@@ -10,18 +10,21 @@ This module knows neither Dask nor biology: `lloki_atlas.engine.cluster` runs a 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
 from lloki_atlas.config import canonical_json
-from lloki_atlas.errors import MemoryBudgetError
-from lloki_atlas.store.arrays import ArraySpec, create_arrays, write_arrays, write_rows
+from lloki_atlas.errors import FormatError, MemoryBudgetError
+from lloki_atlas.store.arrays import ArraySpec, create_arrays, read_rows, write_arrays, write_rows
 from lloki_atlas.store.objects import is_complete, publish, write_durable
 
 
@@ -228,29 +231,59 @@ def run_task(task: Task, *dependencies: Any) -> str:
     module, _, name = task.function.partition(":")
     compute = getattr(import_module(module), name)
     if output.folder:
-        shutil.rmtree(output.staging, ignore_errors=True)
-        Path(output.staging).mkdir(parents=True)
-        compute(output.staging, **task.arguments)
-        publish(output.staging, output.path, lineage=dict(output.lineage))
+        with _own_staging(output) as staging:
+            Path(staging).mkdir(parents=True)
+            compute(staging, **task.arguments)
         return task.name
     arrays = compute(**task.arguments)
     if output.rows is None:
-        shutil.rmtree(output.staging, ignore_errors=True)
-        write_arrays(output.staging, arrays, dims=dict(output.dims), attributes=dict(output.attributes))
-        publish(output.staging, output.path, lineage=dict(output.lineage))
+        with _own_staging(output) as staging:
+            write_arrays(staging, arrays, dims=dict(output.dims), attributes=dict(output.attributes))
     else:
         create_arrays(output.staging, dict(output.specs), attributes=dict(output.attributes))
         for array_name, values in arrays.items():
             write_rows(output.staging, array_name, output.rows, values)
         output.marker.parent.mkdir(parents=True, exist_ok=True)
-        write_durable(output.marker, canonical_json({"sha256": _rows_digest(arrays)}))
+        stored = {name: np.asarray(values, dtype=output.specs[name].dtype) for name, values in arrays.items()}
+        write_durable(output.marker, canonical_json({"sha256": _rows_digest(stored)}))
     return task.name
 
 
+@contextmanager
+def _own_staging(output: Output) -> Iterator[str]:
+    """A folder of this attempt's own, published at the end: two runs at once never write into each other's."""
+    staging = f"{output.staging}-{uuid4().hex[:8]}"
+    try:
+        yield staging
+        publish(staging, output.path, lineage=dict(output.lineage))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _publish_tiles(output: Output) -> None:
+    _check_tiles(output)
     # markers go first: one that outlived the rows it speaks of would let them be skipped for ever
     shutil.rmtree(f"{output.staging}.tiles", ignore_errors=True)
     publish(output.staging, output.path, lineage=dict(output.lineage))
+
+
+def _check_tiles(output: Output) -> None:
+    """Compare the rows on disk with their markers: a marker may outlive its rows when the power fails.
+
+    Raises
+    ------
+    FormatError
+        After the marker is gone, so that the next run fills the tile again.
+    """
+    for marker in sorted(Path(f"{output.staging}.tiles").glob("*.json")):
+        start = int(marker.stem)
+        rows = {
+            name: read_rows(output.staging, name, start, min(start + spec.chunk_rows, spec.shape[0]))
+            for name, spec in output.specs.items()
+        }
+        if json.loads(marker.read_bytes())["sha256"] != _rows_digest(rows):
+            marker.unlink()
+            raise FormatError(f"rows {start} and on of {output.staging} are not what was written: run again")
 
 
 def _rows_digest(arrays: Mapping[str, np.ndarray]) -> str:

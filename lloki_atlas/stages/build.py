@@ -8,10 +8,11 @@ from typing import Any
 
 from lloki_atlas.config import to_dict
 from lloki_atlas.errors import InputError, NotFoundError
-from lloki_atlas.stages.create import create_catalog, located
+from lloki_atlas.stages.create import create_catalog, located, reference_key
 from lloki_atlas.stages.ingest import ingest
 from lloki_atlas.stages.manifest import Manifest, SliceSource, read_manifest
 from lloki_atlas.stages.pipeline import run
+from lloki_atlas.stages.reference import fit_reference
 from lloki_atlas.stages.sources import section_values
 from lloki_atlas.store.catalog import Catalog, open_catalog
 
@@ -77,23 +78,32 @@ def _open_or_create(manifest: Manifest, location: Path) -> Catalog:
         catalog = open_catalog(location, mode="r+")
     except NotFoundError:
         catalog = None
-    if catalog is not None:
-        if catalog.state.config != to_dict(located(manifest.config)):
-            raise InputError(
-                f"{location} was built with other settings than {manifest.path}: build into another folder with --root"
-            )
-        return catalog
-    if manifest.reference is None:
-        raise InputError(f"{manifest.path} has no [reference]")
     reference = manifest.reference
-    return create_catalog(
-        location,
-        reference=_source(manifest, reference.source, None),
+    if reference is None:
+        raise InputError(f"{manifest.path} has no [reference]")
+    source = _source(manifest, reference.source, None)
+    if catalog is None:
+        return create_catalog(
+            location,
+            reference=source,
+            organism=reference.organism,
+            label_key=reference.label_key,
+            layer=reference.layer,
+            config=manifest.config,
+        )
+    differs = f"than {manifest.path} asks for: build into another folder with --root"
+    if catalog.state.config != to_dict(located(manifest.config)):
+        raise InputError(f"{location} was built with other settings {differs}")
+    profile = fit_reference(
+        source,
         organism=reference.organism,
         label_key=reference.label_key,
         layer=reference.layer,
-        config=manifest.config,
+        n_factors=manifest.config.embedder.n_factors,
     )
+    if reference_key(profile) != catalog.state.reference:
+        raise InputError(f"{location} was built with another reference {differs}")
+    return catalog
 
 
 def _sections(manifest: Manifest, entry: SliceSource) -> list[SliceSource]:

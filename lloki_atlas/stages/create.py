@@ -96,7 +96,8 @@ def located(config: AtlasConfig) -> AtlasConfig:
     return dataclasses.replace(config, embedder=dataclasses.replace(config.embedder, checkpoint=absolute))
 
 
-def _write_reference(catalog: Catalog, profile: ReferenceProfile) -> str:
+def reference_key(profile: ReferenceProfile) -> str:
+    """Content key of a reference."""
     counts = profile.counts
     parts = [
         profile.totals,
@@ -105,17 +106,20 @@ def _write_reference(catalog: Catalog, profile: ReferenceProfile) -> str:
         counts.indices.astype("int32"),
         counts.data,
     ]
-    content = [digest(part.tobytes()) for part in parts]
-    key = digest(
+    return digest(
         {
             "stage": "reference profile",
             "version": REFERENCE_VERSION,
-            "content": content,
+            "content": [digest(part.tobytes()) for part in parts],
             "symbols": profile.symbols,
             "labels": profile.labels,
             "organism": profile.organism,
         }
     )
+
+
+def _write_reference(catalog: Catalog, profile: ReferenceProfile) -> str:
+    key = reference_key(profile)
     _publish_folder(catalog, "references", key, lambda folder: write_reference(folder, profile))
     return key
 

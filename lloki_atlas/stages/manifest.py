@@ -106,16 +106,17 @@ def read_manifest(path: str | Path) -> Manifest:
     if simulation is None and ("reference" not in content or not content.get("slices")):
         raise InputError(f"{path} needs [reference] and at least one [[slices]], or [simulate]")
     reference = content.get("reference")
+    data = _data_folder(atlas.data, path)
     return Manifest(
         path=path,
         name=atlas.name,
-        data=_data_folder(atlas.data, path),
+        data=data,
         reference=None if reference is None else _table(ReferenceSource, reference, f"{path} [reference]"),
         slices=tuple(
             _table(SliceSource, entry, f"{path} [[slices]] number {number}")
             for number, entry in enumerate(content.get("slices", []), start=1)
         ),
-        config=AtlasConfig.from_dict(content.get("settings", {})),
+        config=_with_checkpoint(AtlasConfig.from_dict(content.get("settings", {})), data),
         simulation=simulation,
     )
 
@@ -136,6 +137,14 @@ def _table(kind: type, values: Any, where: str) -> Any:
         if name not in values:
             raise InputError(f"{where} lacks '{name}': it needs {', '.join(required)}")
     return kind(**values)
+
+
+def _with_checkpoint(config: AtlasConfig, data: Path) -> AtlasConfig:
+    """A relative checkpoint lies in the data folder, like every other source."""
+    if config.embedder.checkpoint is None or Path(config.embedder.checkpoint).is_absolute():
+        return config
+    embedder = dataclasses.replace(config.embedder, checkpoint=str(data / config.embedder.checkpoint))
+    return dataclasses.replace(config, embedder=embedder)
 
 
 def _data_folder(text: str, manifest: Path) -> Path:

@@ -17,8 +17,8 @@ from support.tasks import N_ROWS, TILE_ROWS, notes, plan_of, tile_tasks, whole_t
 
 from lloki_atlas.engine import plan as plan_module
 from lloki_atlas.engine.plan import Outcome, Output, Plan, Task, link, run_task
-from lloki_atlas.errors import InputError, MemoryBudgetError, NotFoundError
-from lloki_atlas.store.arrays import read_arrays, read_attributes
+from lloki_atlas.errors import FormatError, InputError, MemoryBudgetError, NotFoundError
+from lloki_atlas.store.arrays import ArraySpec, read_arrays, read_attributes, write_rows
 from lloki_atlas.store.objects import check_object, is_complete, publish, read_receipt
 
 ROWS = np.arange(N_ROWS, dtype=np.float32)
@@ -292,3 +292,17 @@ def test_an_empty_plan_commits_without_a_cluster():
     outcomes = []
     result = Plan((), lambda outcome: outcomes.append(outcome) or "same version").run(progress=False, n_workers=0)
     assert (result, outcomes) == ("same version", [Outcome(frozenset(), {})])
+
+
+def test_rows_that_are_not_what_their_marker_says_are_not_published(tmp_path):
+    spec = ArraySpec((4, 2), "float32", 2, ("row", "column"))
+    output = Output(str(tmp_path / "done.zarr"), str(tmp_path / "staging"), {}, specs={"x": spec})
+    for start in (0, 2):
+        tile = replace(output, rows=start)
+        run_task(Task(f"tile {start}", "embed", "support.tasks:ones", {"shape": [2, 2]}, tile))
+    write_rows(output.staging, "x", 2, np.zeros((2, 2), np.float32))
+    with pytest.raises(FormatError, match="run again"):
+        run_task(Task("publish", "embed", "", {}, output))
+    run_task(Task("tile 2", "embed", "support.tasks:ones", {"shape": [2, 2]}, replace(output, rows=2)))
+    run_task(Task("publish", "embed", "", {}, output))
+    assert (read_arrays(output.path)["x"] == 1).all()

@@ -73,7 +73,7 @@ def test_other_settings_are_not_built_into_the_same_folder(mine, sources, change
     before = folder_digest(mine / "atlas")
     other = write_manifest(mine / "other.toml", sources, settings=settings_text(**changed))
     with pytest.raises(
-        InputError, match=r"was built with other settings than .*other\.toml: build into another folder"
+        InputError, match=r"was built with other settings than .*other\.toml asks for: build into another folder"
     ):
         build(other, root=mine / "atlas", progress=False)
     assert folder_digest(mine / "atlas") == before
@@ -245,3 +245,13 @@ def test_building_a_simulated_atlas_again_makes_nothing_new(simulated):
     before = folder_digest(simulated / "atlas")
     build(simulated / "made.toml", root=simulated / "atlas", progress=False, n_workers=-1)
     assert folder_digest(simulated / "atlas") == before
+
+
+def test_a_manifest_that_names_another_reference_is_refused(sources, tmp_path):
+    folder = tmp_path / "sources"
+    shutil.copytree(sources, folder)
+    build(folder / "atlas.toml", root=tmp_path / "atlas", until="ingest", progress=False)
+    adata = anndata.read_h5ad(folder / "reference.h5ad")
+    adata[: adata.n_obs - 1].copy().write_h5ad(folder / "reference.h5ad")
+    with pytest.raises(InputError, match=r"another reference than .* asks for: build into another folder"):
+        build(folder / "atlas.toml", root=tmp_path / "atlas", until="ingest", progress=False)

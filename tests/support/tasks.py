@@ -25,6 +25,11 @@ def numbers(log: str, name: str, start: int = 0, stop: int = N_ROWS, reads: str 
     return {"values": np.stack([rows, np.sqrt(rows)], axis=1)}
 
 
+def ones(shape: list[int]) -> dict[str, np.ndarray]:
+    """An array `x` of ones."""
+    return {"x": np.ones(shape, dtype=np.float32)}
+
+
 def folder(staging: str, log: str, name: str) -> None:
     """Write a file of text."""
     note(log, name)
