@@ -18,11 +18,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.checks import array
+from lloki_atlas.kernels.products import BLOCK, dot_block, pack, square_block
+from lloki_atlas.kernels.self_search import search_self
 
-_BLOCK = 256  # columns of a block; 4 rows by 256 columns of partial sums stay in the first-level cache
 _CHUNK = 64  # columns tested at once for any candidate
-_COSINE, _POSITIVE_COSINE, _EUCLIDEAN = 0, 1, 2
-_ZERO, _ONE, _INF = np.float32(0), np.float32(1), np.float32(np.inf)
+_COSINE, _EUCLIDEAN = 0, 1
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Neighbors:
         return int(self.indices.shape[1])
 
 
-def nearest_neighbors(rows: ArrayLike, *, n_neighbors: int, start: int = 0, stop: int | None = None) -> Neighbors:
+def nearest_neighbors(
+    rows: ArrayLike, *, n_neighbors: int, start: int = 0, stop: int | None = None, n_threads: int = 1
+) -> Neighbors:
     """Find the nearest other rows by cosine distance 1 − cos, exactly.
 
     A row is not its own neighbour, rows of similarity ≤ 0 are nobody's neighbours, and rows that are all zero or
@@ -67,7 +70,9 @@ def nearest_neighbors(rows: ArrayLike, *, n_neighbors: int, start: int = 0, stop
     n_neighbors
         Number of neighbours k; may exceed n − 1.
     start, stop
-        The rows to search for; all by default.
+        The rows to search for; all by default. Over all rows each pair is multiplied once.
+    n_threads
+        Threads that share the work; they change no bit.
 
     Returns
     -------
@@ -83,8 +88,14 @@ def nearest_neighbors(rows: ArrayLike, *, n_neighbors: int, start: int = 0, stop
     stop = given.shape[0] if stop is None else stop
     if not 0 <= start <= stop <= given.shape[0]:
         raise InputError(f"rows {start} to {stop} are not in 0 to {given.shape[0]}: give a range of rows")
+    _check_k(n_neighbors)
+    if n_threads < 1:
+        raise InputError(f"n_threads is {n_threads}: it has to be at least 1")
     unit = _unit_rows(given)
-    return _neighbors(unit[start:stop], unit, start, _POSITIVE_COSINE, n_neighbors)
+    unit.flags.writeable = False
+    indices, distances = _missing(stop - start, n_neighbors)
+    search_self(unit, start=start, stop=stop, indices=indices, distances=distances, n_threads=n_threads)
+    return Neighbors(indices, distances)
 
 
 def nearest_rows(
@@ -118,10 +129,10 @@ def nearest_rows(
     right = array(rows, np.float32, name="rows", shape=(None, None))
     left = array(queries, np.float32, name="queries", shape=(None, right.shape[1]))
     if metric == "euclidean":
-        return _neighbors(left, right, -1, _EUCLIDEAN, n_neighbors)
+        return _neighbors(left, right, _EUCLIDEAN, n_neighbors)
     if metric != "cosine":
         raise InputError(f"unknown metric {metric!r}: choose 'cosine' or 'euclidean'")
-    return _neighbors(_unit_rows(left), _unit_rows(right), -1, _COSINE, n_neighbors)
+    return _neighbors(_unit_rows(left), _unit_rows(right), _COSINE, n_neighbors)
 
 
 def merge_neighbors(a: Neighbors, b: Neighbors, *, n_neighbors: int) -> Neighbors:
@@ -157,14 +168,12 @@ def merge_neighbors(a: Neighbors, b: Neighbors, *, n_neighbors: int) -> Neighbor
     return Neighbors(indices, distances)
 
 
-def _neighbors(
-    queries: NDArray[np.float32], rows: NDArray[np.float32], first: int, metric: int, n_neighbors: int
-) -> Neighbors:
+def _neighbors(queries: NDArray[np.float32], rows: NDArray[np.float32], metric: int, n_neighbors: int) -> Neighbors:
     _check_k(n_neighbors)
     indices, distances = _missing(queries.shape[0], n_neighbors)
     for values in (queries, rows):
         values.flags.writeable = False
-    _search(queries, rows, first, metric, indices, distances)
+    _search(queries, rows, metric, indices, distances)
     return Neighbors(indices, distances)
 
 
@@ -196,79 +205,31 @@ def _unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
 def _search(
     queries: NDArray[Any],
     rows: NDArray[Any],
-    first: int,  # row number of query 0 where queries are rows themselves, else −1
     metric: int,
     indices: NDArray[np.int32],
     distances: NDArray[np.float32],
 ) -> None:
     m, n = queries.shape[0], rows.shape[0]
     depth = (queries.shape[1] + 3) // 4 * 4  # zeros added to a sum change no bit of it
-    panel = np.zeros(depth * _BLOCK, dtype=np.float32)
+    panel = np.zeros(depth * BLOCK, dtype=np.float32)
     group = np.zeros(4 * depth, dtype=np.float32)
-    block = np.empty(4 * _BLOCK, dtype=np.float32)
-    for column in range(0, n, _BLOCK):
-        width = min(_BLOCK, n - column)
-        _pack(rows, column, width, panel)
+    block = np.empty(4 * BLOCK, dtype=np.float32)
+    for column in range(0, n, BLOCK):
+        width = min(BLOCK, n - column)
+        pack(rows, column, width, panel)
         for row in range(0, m, 4):
             height = min(4, m - row)
             for r in range(height):
                 for d in range(queries.shape[1]):
                     group[r * depth + d] = queries[row + r, d]
             if metric == _EUCLIDEAN:
-                _square_block(group, panel, depth, block)
+                square_block(group, panel, depth, block)
             else:
-                _dot_block(group, panel, depth, block)
+                dot_block(group, panel, depth, block)
             _to_distances(block, metric)
             for r in range(height):
-                own = first + row + r - column
-                if first >= 0 and 0 <= own < width:
-                    block[r * _BLOCK + own] = _INF
-                values = block[r * _BLOCK : r * _BLOCK + width]
+                values = block[r * BLOCK : r * BLOCK + width]
                 _keep_nearest(values, column, indices[row + r], distances[row + r])
-
-
-@njit(nogil=True, cache=True)
-def _pack(rows: NDArray[Any], column: int, width: int, panel: NDArray[np.float32]) -> None:
-    for d in range(rows.shape[1]):
-        for c in range(width):
-            panel[d * _BLOCK + c] = rows[column + c, d]
-
-
-@njit(nogil=True, cache=True)
-def _dot_block(group: NDArray[np.float32], panel: NDArray[np.float32], depth: int, block: NDArray[np.float32]) -> None:
-    # flat arrays and constant strides let the compiler see that nothing overlaps, and vectorise over c
-    for c in range(block.shape[0]):
-        block[c] = _ZERO
-    q, r, s, t = group[:depth], group[depth : 2 * depth], group[2 * depth : 3 * depth], group[3 * depth :]
-    for d in range(0, depth, 4):
-        q0, q1, q2, q3 = q[d], q[d + 1], q[d + 2], q[d + 3]
-        r0, r1, r2, r3 = r[d], r[d + 1], r[d + 2], r[d + 3]
-        s0, s1, s2, s3 = s[d], s[d + 1], s[d + 2], s[d + 3]
-        t0, t1, t2, t3 = t[d], t[d + 1], t[d + 2], t[d + 3]
-        p = panel[d * _BLOCK : (d + 4) * _BLOCK]
-        for c in range(_BLOCK):
-            p0, p1, p2, p3 = p[c], p[c + _BLOCK], p[c + 2 * _BLOCK], p[c + 3 * _BLOCK]
-            block[c] = (((block[c] + q0 * p0) + q1 * p1) + q2 * p2) + q3 * p3
-            block[c + _BLOCK] = (((block[c + _BLOCK] + r0 * p0) + r1 * p1) + r2 * p2) + r3 * p3
-            block[c + 2 * _BLOCK] = (((block[c + 2 * _BLOCK] + s0 * p0) + s1 * p1) + s2 * p2) + s3 * p3
-            block[c + 3 * _BLOCK] = (((block[c + 3 * _BLOCK] + t0 * p0) + t1 * p1) + t2 * p2) + t3 * p3
-
-
-@njit(nogil=True, cache=True)
-def _square_block(
-    group: NDArray[np.float32], panel: NDArray[np.float32], depth: int, block: NDArray[np.float32]
-) -> None:
-    for c in range(block.shape[0]):
-        block[c] = _ZERO
-    q, r, s, t = group[:depth], group[depth : 2 * depth], group[2 * depth : 3 * depth], group[3 * depth :]
-    for d in range(depth):
-        q0, r0, s0, t0 = q[d], r[d], s[d], t[d]
-        p = panel[d * _BLOCK : (d + 1) * _BLOCK]
-        for c in range(_BLOCK):
-            block[c] += (q0 - p[c]) * (q0 - p[c])
-            block[c + _BLOCK] += (r0 - p[c]) * (r0 - p[c])
-            block[c + 2 * _BLOCK] += (s0 - p[c]) * (s0 - p[c])
-            block[c + 3 * _BLOCK] += (t0 - p[c]) * (t0 - p[c])
 
 
 @njit(nogil=True, cache=True)
@@ -276,10 +237,6 @@ def _to_distances(block: NDArray[np.float32], metric: int) -> None:
     if metric == _EUCLIDEAN:
         for c in range(block.shape[0]):
             block[c] = np.sqrt(block[c])
-    elif metric == _POSITIVE_COSINE:
-        for c in range(block.shape[0]):
-            # rounding may put a cosine a little above 1
-            block[c] = max(_ONE - block[c], _ZERO) if block[c] > _ZERO else _INF
     else:
         for c in range(block.shape[0]):
             distance = _ONE - block[c]

@@ -204,6 +204,7 @@ def test_merging_keeps_a_row_found_twice_once():
         ({"n_neighbors": 1, "start": 3, "stop": 2}, "range"),
         ({"n_neighbors": 1, "stop": 6}, "range"),
         ({"n_neighbors": 1, "start": -1}, "range"),
+        ({"n_neighbors": 1, "n_threads": 0}, "n_threads"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, message):

@@ -1,0 +1,98 @@
+"""The search among a matrix's own rows, over several blocks: what must not change a bit, and ties across blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lloki_atlas.kernels.neighbors import Neighbors, nearest_neighbors, nearest_rows
+from lloki_atlas.kernels.products import BLOCK, dot_block, pack
+
+N_ROWS = 2 * BLOCK + 131
+
+
+def make_rows(d: int = 9, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(N_ROWS, d)).astype(np.float32)
+
+
+def rows_with_ties(seed: int = 0) -> np.ndarray:
+    """Few distinct directions: ties within and across blocks, exact in float32."""
+    return np.random.default_rng(seed).integers(0, 2, size=(N_ROWS, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Neighbors:
+    return nearest_neighbors(make_rows(), n_neighbors=15)
+
+
+def assert_same(found: Neighbors, indices: np.ndarray, distances: np.ndarray) -> None:
+    np.testing.assert_array_equal(found.indices, indices)
+    assert found.distances.tobytes() == np.ascontiguousarray(distances).tobytes()
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 8])
+def test_threads_change_no_byte(whole, n_threads):
+    assert_same(nearest_neighbors(make_rows(), n_neighbors=15, n_threads=n_threads), whole.indices, whole.distances)
+
+
+@pytest.mark.parametrize("n_threads", [2, 8])
+def test_threads_change_no_tie(n_threads):
+    alone = nearest_neighbors(rows_with_ties(), n_neighbors=15)
+    assert_same(
+        nearest_neighbors(rows_with_ties(), n_neighbors=15, n_threads=n_threads), alone.indices, alone.distances
+    )
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 1), (BLOCK - 1, BLOCK + 1), (BLOCK, 2 * BLOCK), (100, N_ROWS - 7), (N_ROWS - 1, N_ROWS)]
+)
+def test_a_range_across_blocks_has_the_bytes_of_the_whole(whole, start, stop):
+    found = nearest_neighbors(make_rows(), n_neighbors=15, start=start, stop=stop)
+    assert_same(found, whole.indices[start:stop], whole.distances[start:stop])
+
+
+@settings(deadline=None, max_examples=8)
+@given(seed=st.integers(0, 1000))
+def test_permuting_rows_across_blocks_permutes_distances_to_the_bit(seed):
+    rows = make_rows()
+    order = np.random.default_rng(seed).permutation(N_ROWS)
+    found, moved = (nearest_neighbors(part, n_neighbors=15) for part in (rows, rows[order]))
+    assert_same(moved, np.argsort(order)[found.indices[order]], found.distances[order])
+
+
+def test_neighbours_are_those_of_the_search_between_two_matrices(whole):
+    rows = make_rows()
+    other = nearest_rows(rows, rows, n_neighbors=16)
+    assert (other.indices[:, 0] == np.arange(N_ROWS)).all()
+    assert_same(whole, other.indices[:, 1:], other.distances[:, 1:])
+
+
+def test_ties_across_blocks_go_to_the_smaller_index():
+    rows = rows_with_ties()
+    found = nearest_neighbors(rows, n_neighbors=N_ROWS)
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    for i in (0, BLOCK - 1, BLOCK, N_ROWS - 1):
+        near = found.indices[i][found.indices[i] >= 0]
+        keys = list(zip(found.distances[i][: len(near)], near, strict=True))
+        assert keys == sorted(keys)
+        assert len(near) == ((unit @ unit[i] > 0) & (np.arange(N_ROWS) != i)).sum()
+
+
+@pytest.mark.parametrize("d", [1, 4, 7, 50])
+def test_a_product_has_the_same_bits_whichever_row_is_in_the_panel(d):
+    rows = np.random.default_rng(d).normal(size=(2 * BLOCK, d)).astype(np.float32)
+    depth = (d + 3) // 4 * 4
+
+    def products(group_at: int, panel_at: int) -> np.ndarray:
+        panel = np.zeros(depth * BLOCK, np.float32)
+        group = np.zeros((4, depth), np.float32)
+        block = np.empty(4 * BLOCK, np.float32)
+        pack(rows, panel_at, BLOCK, panel)
+        group[:, :d] = rows[group_at : group_at + 4]
+        dot_block(group.ravel(), panel, depth, block)
+        return block.reshape(4, BLOCK)
+
+    there, back = products(0, BLOCK)[:, :4], products(BLOCK, 0)[:, :4]
+    np.testing.assert_array_equal(there, back.T)
