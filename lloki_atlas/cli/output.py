@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,11 +29,6 @@ def fail(error: LlokiAtlasError) -> int:
     """Print one line on standard error; return the exit code."""
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
     return error.exit_code
-
-
-def interactive() -> bool:
-    """Tell whether a person watches standard error."""
-    return sys.stderr.isatty()
 
 
 def _plain(value: Any) -> Any:

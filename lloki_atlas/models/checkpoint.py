@@ -91,17 +91,6 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(_content(files), settings, vocabulary, weights)
 
 
-def checkpoint_digest(folder: str | Path) -> str:
-    """Content digest of a checkpoint folder, without loading the model: 32 hexadecimal characters.
-
-    Raises
-    ------
-    InputError
-        If the folder or a file is missing or cannot be read.
-    """
-    return _content({name: _read(Path(folder), name) for name in CHECKPOINT_FILES})
-
-
 def _content(files: Mapping[str, bytes]) -> str:
     return digest({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
 

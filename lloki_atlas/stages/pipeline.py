@@ -136,12 +136,14 @@ def train_autoencoder(
     -------
     The catalog at the version that holds the new model and the new 128-d embeddings.
     """
+    chosen = sorted(catalog.state.slices) if slices is None else sorted(set(slices))
     if random_state is not None:
         config = atlas_config(catalog)
         autoencoder = dataclasses.replace(config.autoencoder, random_state=random_state)
         change = Change(config=to_dict(dataclasses.replace(config, autoencoder=autoencoder)))
+        # what the run would refuse is refused before the seed becomes a version
+        plan(dataclasses.replace(catalog, state=catalog.state.apply(change)), train_on=chosen, label_key=label_key)
         catalog = commit(catalog, change, message=f"autoencoder random_state {random_state}")
-    chosen = sorted(catalog.state.slices) if slices is None else sorted(set(slices))
     return run(catalog, client=client, progress=progress, n_workers=n_workers, train_on=chosen, label_key=label_key)
 
 

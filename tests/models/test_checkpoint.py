@@ -6,7 +6,7 @@ import torch
 from support.checkpoints import NAMINGS, write_checkpoint
 
 from lloki_atlas.errors import CheckpointError, InputError
-from lloki_atlas.models.checkpoint import checkpoint_digest, read_checkpoint
+from lloki_atlas.models.checkpoint import read_checkpoint
 
 GENES = tuple(f"GENE{i}" for i in range(70))
 LAYER = "transformer_encoder.layers.1"
@@ -166,8 +166,8 @@ def test_a_file_that_is_no_plain_table_of_weights_is_refused(folder, tmp_path, c
 # digest
 
 
-def test_the_digest_is_32_hexadecimal_characters_and_needs_no_model(folder):
-    digest = checkpoint_digest(folder)
+def test_the_digest_is_32_hexadecimal_characters_and_the_same_each_time(folder):
+    digest = read_checkpoint(folder).digest
     assert len(digest) == 32
     assert int(digest, 16) >= 0
     assert read_checkpoint(folder).digest == digest
@@ -175,18 +175,18 @@ def test_the_digest_is_32_hexadecimal_characters_and_needs_no_model(folder):
 
 def test_the_digest_does_not_depend_on_where_the_folder_lies(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere")
-    assert read_checkpoint(tmp_path / "elsewhere").digest == checkpoint_digest(folder)
+    assert read_checkpoint(tmp_path / "elsewhere").digest == read_checkpoint(folder).digest
 
 
 def test_the_digest_changes_with_one_weight(tmp_path, folder):
     def nudge(state):
         state[f"{LAYER}.norm2.bias"][3] += 1e-6
 
-    assert read_checkpoint(write_checkpoint(tmp_path, genes=GENES, edit=nudge)).digest != checkpoint_digest(folder)
+    assert read_checkpoint(write_checkpoint(tmp_path, genes=GENES, edit=nudge)).digest != read_checkpoint(folder).digest
 
 
 @pytest.mark.parametrize("name", ["args.json", "vocab.json"])
 def test_the_digest_changes_with_a_description(folder, tmp_path, name):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
-    assert read_checkpoint(tmp_path).digest != checkpoint_digest(folder)
+    assert read_checkpoint(tmp_path).digest != read_checkpoint(folder).digest

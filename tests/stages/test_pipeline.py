@@ -266,6 +266,12 @@ def test_training_with_labels_is_written_down_and_kept_when_the_model_is_renewed
     assert labelled.state.models["autoencoder"] != renewed.state.models["autoencoder"]
 
 
+def test_a_seed_is_not_kept_when_the_training_is_refused(catalog, client):
+    with pytest.raises(InputError):
+        train_autoencoder(catalog, random_state=5, label_key="no such column", client=client, progress=False)
+    assert open_catalog(catalog.root).version == catalog.version
+
+
 def test_training_with_labels_that_no_slice_has_is_refused(catalog, client):
     with pytest.raises(InputError, match="label column 'class': choose from cell_type_coarse"):
         train_autoencoder(catalog, label_key="class", client=client, progress=False)
