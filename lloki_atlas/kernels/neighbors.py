@@ -1,14 +1,12 @@
 """Exact nearest neighbours by blocks: bounded memory, a fixed order of summation, and one rule for ties.
 
-Rows are compared with blocks of 256 rows that lie transposed in cache, so the inner loop runs over the block's
-columns while the sum over dimensions keeps its order: a distance has the same bits wherever the row stands.
+A distance has the same bits wherever its rows stand, see `products`.
 Candidates are ranked by their float32 distance as it is stored, then by index. Partial searches therefore merge
 into exactly the whole one.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +15,11 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from lloki_atlas.errors import InputError
+from lloki_atlas.kernels.candidates import unpack_keys
 from lloki_atlas.kernels.checks import array
-from lloki_atlas.kernels.products import BLOCK, dot_block, pack, square_block
+from lloki_atlas.kernels.products import BLOCK, ROWS, pack, product_block
 from lloki_atlas.kernels.self_search import search_self
+from lloki_atlas.kernels.unit import padded_rows, unit_rows
 
 _CHUNK = 64  # columns tested at once for any candidate
 _COSINE, _EUCLIDEAN = 0, 1
@@ -56,17 +56,19 @@ class Neighbors:
 
 
 def nearest_neighbors(
-    rows: ArrayLike, *, n_neighbors: int, start: int = 0, stop: int | None = None, n_threads: int = 1
+    rows: Any, *, n_neighbors: int, start: int = 0, stop: int | None = None, n_threads: int = 1
 ) -> Neighbors:
     """Find the nearest other rows by cosine distance 1 − cos, exactly.
 
     A row is not its own neighbour, rows of similarity ≤ 0 are nobody's neighbours, and rows that are all zero or
     hold a NaN have none. Ties go to the smaller index. Any split into start … stop gives the same bytes.
+    Memory: two slabs of rows (`self_search.SLAB_BYTES` each) beside the answer, whatever the number of rows.
 
     Parameters
     ----------
     rows
-        `(n, d)` float32.
+        `(n, d)` float32: an array, or anything with a `shape` that is sliced like one and read slab by slab, such as
+        a Zarr array.
     n_neighbors
         Number of neighbours k; may exceed n − 1.
     start, stop
@@ -84,18 +86,21 @@ def nearest_neighbors(
     InputError
         On a wrong shape, type, range or k.
     """
-    given = array(rows, np.float32, name="rows", shape=(None, None))
-    stop = given.shape[0] if stop is None else stop
-    if not 0 <= start <= stop <= given.shape[0]:
-        raise InputError(f"rows {start} to {stop} are not in 0 to {given.shape[0]}: give a range of rows")
+    lazy = hasattr(rows, "shape") and hasattr(rows, "__getitem__") and not isinstance(rows, np.ndarray)
+    given = rows if lazy and len(rows.shape) == 2 else array(rows, np.float32, name="rows", shape=(None, None))
+    n, d = given.shape
+    stop = n if stop is None else stop
+    if not 0 <= start <= stop <= n:
+        raise InputError(f"rows {start} to {stop} are not in 0 to {n}: give a range of rows")
     _check_k(n_neighbors)
     if n_threads < 1:
         raise InputError(f"n_threads is {n_threads}: it has to be at least 1")
-    unit = _unit_rows(given)
-    unit.flags.writeable = False
-    indices, distances = _missing(stop - start, n_neighbors)
-    search_self(unit, start=start, stop=stop, indices=indices, distances=distances, n_threads=n_threads)
-    return Neighbors(indices, distances)
+
+    def read(first: int, last: int) -> NDArray[np.float32]:
+        return array(given[first:last], np.float32, name="rows", shape=(last - first, d))
+
+    keys = search_self(read, n, d, start=start, stop=stop, n_neighbors=n_neighbors, n_threads=n_threads)
+    return Neighbors(*unpack_keys(keys))
 
 
 def nearest_rows(
@@ -129,10 +134,10 @@ def nearest_rows(
     right = array(rows, np.float32, name="rows", shape=(None, None))
     left = array(queries, np.float32, name="queries", shape=(None, right.shape[1]))
     if metric == "euclidean":
-        return _neighbors(left, right, _EUCLIDEAN, n_neighbors)
+        return _neighbors(padded_rows(left, ROWS), right, _EUCLIDEAN, n_neighbors)
     if metric != "cosine":
         raise InputError(f"unknown metric {metric!r}: choose 'cosine' or 'euclidean'")
-    return _neighbors(_unit_rows(left), _unit_rows(right), _COSINE, n_neighbors)
+    return _neighbors(unit_rows(left, padding=ROWS), unit_rows(right), _COSINE, n_neighbors)
 
 
 def merge_neighbors(a: Neighbors, b: Neighbors, *, n_neighbors: int) -> Neighbors:
@@ -170,9 +175,7 @@ def merge_neighbors(a: Neighbors, b: Neighbors, *, n_neighbors: int) -> Neighbor
 
 def _neighbors(queries: NDArray[np.float32], rows: NDArray[np.float32], metric: int, n_neighbors: int) -> Neighbors:
     _check_k(n_neighbors)
-    indices, distances = _missing(queries.shape[0], n_neighbors)
-    for values in (queries, rows):
-        values.flags.writeable = False
+    indices, distances = _missing(queries.shape[0] - ROWS, n_neighbors)
     _search(queries, rows, metric, indices, distances)
     return Neighbors(indices, distances)
 
@@ -187,21 +190,6 @@ def _check_k(n_neighbors: int) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
-    # a row without a direction becomes NaN, which no comparison admits as a neighbour
-    n, d = rows.shape
-    unit = np.empty((n, d), dtype=np.float32)
-    for i in range(n):
-        squares = 0.0
-        for c in range(d):
-            squares += np.float64(rows[i, c]) * np.float64(rows[i, c])
-        norm = math.sqrt(squares) if 0.0 < squares < np.inf else np.nan
-        for c in range(d):
-            unit[i, c] = rows[i, c] / norm
-    return unit
-
-
-@njit(nogil=True, cache=True)
 def _search(
     queries: NDArray[Any],
     rows: NDArray[Any],
@@ -209,38 +197,31 @@ def _search(
     indices: NDArray[np.int32],
     distances: NDArray[np.float32],
 ) -> None:
-    m, n = queries.shape[0], rows.shape[0]
-    depth = (queries.shape[1] + 3) // 4 * 4  # zeros added to a sum change no bit of it
-    panel = np.zeros(depth * BLOCK, dtype=np.float32)
-    group = np.zeros(4 * depth, dtype=np.float32)
-    block = np.empty(4 * BLOCK, dtype=np.float32)
+    m, n = queries.shape[0] - ROWS, rows.shape[0]
+    panel = np.empty(rows.shape[1] * BLOCK, dtype=np.float32)
+    block = np.empty((BLOCK + ROWS, BLOCK), dtype=np.float32)
     for column in range(0, n, BLOCK):
         width = min(BLOCK, n - column)
         pack(rows, column, width, panel)
-        for row in range(0, m, 4):
-            height = min(4, m - row)
+        for row in range(0, m, BLOCK):
+            height = min(BLOCK, m - row)
+            product_block(queries, row, height, panel, block, metric == _EUCLIDEAN)
+            _to_distances(block[:height], metric)
             for r in range(height):
-                for d in range(queries.shape[1]):
-                    group[r * depth + d] = queries[row + r, d]
-            if metric == _EUCLIDEAN:
-                square_block(group, panel, depth, block)
-            else:
-                dot_block(group, panel, depth, block)
-            _to_distances(block, metric)
-            for r in range(height):
-                values = block[r * BLOCK : r * BLOCK + width]
-                _keep_nearest(values, column, indices[row + r], distances[row + r])
+                _keep_nearest(block[r, :width], column, indices[row + r], distances[row + r])
 
 
 @njit(nogil=True, cache=True)
 def _to_distances(block: NDArray[np.float32], metric: int) -> None:
     if metric == _EUCLIDEAN:
-        for c in range(block.shape[0]):
-            block[c] = np.sqrt(block[c])
+        for r in range(block.shape[0]):
+            for c in range(BLOCK):
+                block[r, c] = np.sqrt(block[r, c])
     else:
-        for c in range(block.shape[0]):
-            distance = _ONE - block[c]
-            block[c] = _ZERO if distance < _ZERO else distance
+        for r in range(block.shape[0]):
+            for c in range(BLOCK):
+                distance = _ONE - block[r, c]
+                block[r, c] = _ZERO if distance < _ZERO else distance
 
 
 @njit(nogil=True, cache=True)

@@ -1,63 +1,149 @@
-"""Products of four rows with a block of rows, summed over dimensions in ascending order: the inner loop of a search."""
+"""Products of rows with a block of other rows, summed over dimensions in ascending order: the inner loop of a search.
+
+A tile of partial sums stays in registers while it runs over the dimensions, one fused multiply-add a pair of rows
+and dimension. Each pair has a lane of its own and products commute, so a similarity has the same bits whichever of
+its rows is left or right, wherever the two stand, and however wide the machine's registers are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-BLOCK = 256  # columns of a block; 4 rows by 256 columns of partial sums stay in the first-level cache
+BLOCK = 256  # columns of a block
+_WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
+LANES = 16 if _WIDE else 8  # float32 in a register
+ROWS = 12 if _WIDE else 6  # rows of a tile: ROWS × 2 registers of sums, and room for what they are made of
+COLUMNS = 2 * LANES
+_DEPTH = 256  # dimensions between two visits of a tile: ROWS + COLUMNS of them fit in the first-level cache
 _ZERO = np.float32(0)
 
 
 @njit(nogil=True, cache=True)
 def pack(rows: NDArray[Any], column: int, width: int, panel: NDArray[np.float32]) -> None:
-    """Lay `width` rows from `column` on side by side: `panel` (d × BLOCK), one dimension after the other, in-place."""
-    for d in range(rows.shape[1]):
-        for c in range(width):
-            panel[d * BLOCK + c] = rows[column + c, d]
+    """Lay `width` ≤ BLOCK rows from `column` on side by side, in-place.
 
-
-@njit(nogil=True, cache=True)
-def dot_block(group: NDArray[np.float32], panel: NDArray[np.float32], depth: int, block: NDArray[np.float32]) -> None:
-    """Inner products of 4 rows (4 × depth) with a panel (depth × BLOCK) into `block` (4 × BLOCK), in-place.
-
-    `depth` is a multiple of 4; every sum runs over dimensions in ascending order, so a pair of rows gives the same
-    bits whichever of them is in the panel.
+    `panel` (BLOCK × d) holds slivers of COLUMNS rows, in each one dimension after the other; rows that are not there
+    are zero.
     """
-    # flat arrays and constant strides let the compiler see that nothing overlaps, and vectorise over c
-    for c in range(block.shape[0]):
-        block[c] = _ZERO
-    q, r, s, t = group[:depth], group[depth : 2 * depth], group[2 * depth : 3 * depth], group[3 * depth :]
-    for d in range(0, depth, 4):
-        q0, q1, q2, q3 = q[d], q[d + 1], q[d + 2], q[d + 3]
-        r0, r1, r2, r3 = r[d], r[d + 1], r[d + 2], r[d + 3]
-        s0, s1, s2, s3 = s[d], s[d + 1], s[d + 2], s[d + 3]
-        t0, t1, t2, t3 = t[d], t[d + 1], t[d + 2], t[d + 3]
-        p = panel[d * BLOCK : (d + 4) * BLOCK]
-        for c in range(BLOCK):
-            p0, p1, p2, p3 = p[c], p[c + BLOCK], p[c + 2 * BLOCK], p[c + 3 * BLOCK]
-            block[c] = (((block[c] + q0 * p0) + q1 * p1) + q2 * p2) + q3 * p3
-            block[c + BLOCK] = (((block[c + BLOCK] + r0 * p0) + r1 * p1) + r2 * p2) + r3 * p3
-            block[c + 2 * BLOCK] = (((block[c + 2 * BLOCK] + s0 * p0) + s1 * p1) + s2 * p2) + s3 * p3
-            block[c + 3 * BLOCK] = (((block[c + 3 * BLOCK] + t0 * p0) + t1 * p1) + t2 * p2) + t3 * p3
+    depth = rows.shape[1]
+    for first in range(0, BLOCK, COLUMNS):
+        sliver = panel[first * depth : (first + COLUMNS) * depth]
+        n = max(0, min(COLUMNS, width - first))
+        if n < COLUMNS:
+            sliver[:] = _ZERO
+        for begin in range(0, depth, 16):  # short runs: the lines that are written stay in cache
+            end = min(begin + 16, depth)
+            for c in range(n):
+                row = rows[column + first + c]
+                for d in range(begin, end):
+                    sliver[d * COLUMNS + c] = row[d]
 
 
 @njit(nogil=True, cache=True)
-def square_block(
-    group: NDArray[np.float32], panel: NDArray[np.float32], depth: int, block: NDArray[np.float32]
+def product_block(
+    rows: NDArray[Any],
+    first: int,
+    height: int,
+    panel: NDArray[np.float32],
+    block: NDArray[np.float32],
+    squares: bool,
 ) -> None:
-    """Sums of squared differences of 4 rows with a panel into `block` (4 × BLOCK), in-place."""
-    for c in range(block.shape[0]):
-        block[c] = _ZERO
-    q, r, s, t = group[:depth], group[depth : 2 * depth], group[2 * depth : 3 * depth], group[3 * depth :]
-    for d in range(depth):
-        q0, r0, s0, t0 = q[d], r[d], s[d], t[d]
-        p = panel[d * BLOCK : (d + 1) * BLOCK]
-        for c in range(BLOCK):
-            block[c] += (q0 - p[c]) * (q0 - p[c])
-            block[c + BLOCK] += (r0 - p[c]) * (r0 - p[c])
-            block[c + 2 * BLOCK] += (s0 - p[c]) * (s0 - p[c])
-            block[c + 3 * BLOCK] += (t0 - p[c]) * (t0 - p[c])
+    """Inner products of rows `first` to `first + height` with a panel, or squares of their distances, in-place.
+
+    `rows` (n, d) has ROWS − 1 more rows behind the last one, of any content; `block` has the shape (≥ height + ROWS,
+    BLOCK).
+    """
+    depth = rows.shape[1]
+    left, sums = rows.reshape(rows.size), block.reshape(block.size)
+    if depth == 0:
+        sums[:] = _ZERO
+    for start in range(0, depth, _DEPTH):
+        n, add = min(_DEPTH, depth - start), start > 0
+        for c in range(0, BLOCK, COLUMNS):
+            sliver = c * depth + start * COLUMNS
+            for r in range(0, height, ROWS):
+                place, at = (first + r) * depth + start, r * BLOCK + c
+                if squares:
+                    _square_tile(left, place, depth, panel, sliver, n, sums, at, add)
+                else:
+                    _dot_tile(left, place, depth, panel, sliver, n, sums, at, add)
+
+
+def _tile_of(term: Callable[[Any, Any, Any, Any, Any], Any]) -> Any:
+    """ROWS × COLUMNS sums of `term` over some dimensions, written as LLVM's own vectors.
+
+    No loop in numba keeps a tile in registers: the compiler spills it, and the sums then wait for the cache.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        context: Any, left: Any, at: Any, stride: Any, panel: Any, sliver: Any, n: Any, sums: Any, out: Any, add: Any
+    ) -> Any:
+        return types.void(left, at, stride, panel, sliver, n, sums, out, add), generate
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector, word = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
+        places = [(r, v) for r in range(ROWS) for v in range(2)]
+
+        def pointer(array: int, offset: int) -> Any:
+            data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
+            return builder.gep(data, [arguments[offset]])
+
+        def vectors(start: Any, offset: Any) -> Any:
+            return builder.bitcast(builder.gep(start, [offset]), vector.as_pointer())
+
+        rows, columns, result = pointer(0, 1), pointer(3, 4), pointer(6, 7)
+        stored = {(r, v): vectors(result, ir.Constant(word, r * BLOCK + v * LANES)) for r, v in places}
+        sums = {
+            place: cgutils.alloca_once(builder, vector) for place in places
+        }  # the optimiser makes registers of them
+        with builder.if_else(arguments[8]) as (then, otherwise):
+            with then:
+                for place in places:
+                    builder.store(builder.load(stored[place], align=4), sums[place])
+            with otherwise:
+                for place in places:
+                    builder.store(ir.Constant(vector, [0.0] * LANES), sums[place])
+        kind = ir.FunctionType(vector, [vector] * 3)
+        fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+        nothing, first_lane = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+        every_lane = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        offsets = [builder.mul(arguments[2], ir.Constant(word, r)) for r in range(ROWS)]
+        with cgutils.for_range(builder, arguments[5]) as loop:
+            step = builder.mul(loop.index, ir.Constant(word, COLUMNS))
+            right = [
+                builder.load(vectors(columns, builder.add(step, ir.Constant(word, v * LANES))), align=4)
+                for v in range(2)
+            ]
+            for r in range(ROWS):
+                value = builder.load(builder.gep(rows, [builder.add(offsets[r], loop.index)]))
+                one = builder.insert_element(nothing, value, first_lane)
+                spread = builder.shuffle_vector(one, nothing, every_lane)
+                for v in range(2):
+                    builder.store(term(builder, fused, spread, right[v], builder.load(sums[r, v])), sums[r, v])
+        for place in places:
+            builder.store(builder.load(sums[place]), stored[place], align=4)
+        return context.get_dummy_value()
+
+    return tile
+
+
+def _product(builder: Any, fused: Any, left: Any, right: Any, total: Any) -> Any:
+    return builder.call(fused, [left, right, total])
+
+
+def _square(builder: Any, fused: Any, left: Any, right: Any, total: Any) -> Any:
+    difference = builder.fsub(left, right)
+    return builder.call(fused, [difference, difference, total])
+
+
+_dot_tile, _square_tile = _tile_of(_product), _tile_of(_square)

@@ -1,64 +1,123 @@
 """Nearest other rows of one matrix by cosine, each pair of rows multiplied once.
 
-Blocks of rows meet in pairs, and a similarity serves both of its rows. It is summed over dimensions in ascending
-order and products commute, so its bits do not depend on blocks, on the order of rows or on threads; neighbours are
+Rows are read slab by slab, so the matrix may lie on disk; blocks of them meet in pairs, and a similarity serves both
+of its rows. Its bits do not depend on blocks, on the order of rows or on threads (see `products`); neighbours are
 ordered by (distance, index), which no order of visits can change.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from lloki_atlas.kernels.products import BLOCK, dot_block, pack
+from lloki_atlas.kernels.candidates import keep_nearest, no_keys, worst_distances
+from lloki_atlas.kernels.products import BLOCK, ROWS, pack, product_block
+from lloki_atlas.kernels.unit import unit_rows
 
-_CHUNK = 64  # similarities looked at together before any is looked at alone
-_GROUP = 4  # rows that share a pass over a block
-_ZERO, _ONE = np.float32(0), np.float32(1)
+SLAB_BYTES = 32 * 2**20  # unit rows of one slab; two of them are in memory at a time
 
 
 def search_self(
-    unit: NDArray[np.float32],
+    read: Callable[[int, int], NDArray[np.float32]],
+    n_rows: int,
+    n_dimensions: int,
     *,
     start: int,
     stop: int,
-    indices: NDArray[np.int32],
-    distances: NDArray[np.float32],
+    n_neighbors: int,
     n_threads: int,
-) -> None:
-    """Fill the neighbours of rows `start` to `stop`, in-place.
+) -> NDArray[np.uint64]:
+    """Find the neighbours of rows `start` to `stop`.
 
     Parameters
     ----------
-    unit
-        `(n, d)` float32, rows of length 1; a row with a NaN has no neighbours and is nobody's.
+    read
+        Returns rows a to b of the matrix, `(b − a, d)` float32.
+    n_rows, n_dimensions
+        Shape of the matrix.
     start, stop
         The rows to search for.
-    indices, distances
-        `(stop − start, k)`, filled with −1 and infinity.
+    n_neighbors
+        Length k of a list.
     n_threads
         Python threads that share the pairs of blocks.
+
+    Returns
+    -------
+    numpy.ndarray
+        `(stop − start, k)` keys, see `candidates`.
     """
-    n_blocks = -(-len(unit) // BLOCK)
-    pairs = _pairs(n_blocks, start, stop)
-    locks = [threading.Lock() for _ in range(n_blocks)]
-    dealing = threading.Lock()
+    keys = no_keys(stop - start, n_neighbors)
+    height = slab_rows(n_rows, n_dimensions)
+    n_slabs = -(-n_rows // height)
+    first, last = start // height, -(-stop // height)
+
+    def load(slab: int) -> tuple[int, NDArray[np.float32]]:
+        at = slab * height
+        return at, unit_rows(read(at, min(at + height, n_rows)), padding=ROWS)
+
+    for i in range(n_slabs):
+        wanted = [j for j in range(i, n_slabs) if first <= i < last or first <= j < last]
+        if not wanted:
+            continue
+        left = load(i)
+        for j in wanted:
+            _meet(left, left if j == i else load(j), start, stop, keys, n_threads)
+    return keys
+
+
+def slab_rows(n_rows: int, n_dimensions: int) -> int:
+    """Rows of a slab: whole blocks."""
+    rows = SLAB_BYTES // (4 * max(1, n_dimensions)) // BLOCK * BLOCK
+    return max(BLOCK, min(rows, -(-n_rows // BLOCK) * BLOCK))
+
+
+def _meet(
+    left: tuple[int, NDArray[np.float32]],
+    right: tuple[int, NDArray[np.float32]],
+    start: int,
+    stop: int,
+    keys: NDArray[np.uint64],
+    n_threads: int,
+) -> None:
+    # every pair of blocks of two slabs; a thread owns the lists of both blocks of its pair while it works on them
+    (row, rows), (column, columns) = left, right
+    same = row == column
+    n_left, n_right = len(rows) - ROWS, len(columns) - ROWS
+    # few and large pieces of work, but enough of them for the threads to end together
+    size = BLOCK if max(n_left, n_right) < 32 * BLOCK else 4 * BLOCK
+    pairs = [(a, b) for b in range(0, n_right, size) for a in range(0, min(n_left, b + size) if same else n_left, size)]
+    pairs.sort(key=lambda pair: pair[0] - pair[1])  # near ones, which are alike, are taken first: from the end
+    taken: set[int] = set()
+    free = threading.Condition()
+
+    def take() -> tuple[int, int] | None:
+        with free:
+            while pairs:
+                for at in range(len(pairs) - 1, -1, -1):
+                    a, b = pairs[at]
+                    if taken.isdisjoint((row + a, column + b)):
+                        taken.update((row + a, column + b))
+                        return pairs.pop(at)
+                free.wait()
+        return None
 
     def work() -> None:
-        while True:
-            with dealing:
-                pair = next(pairs, None)
-            if pair is None:
-                return
+        while (pair := take()) is not None:
             a, b = pair
-            with locks[a], locks[b] if b > a else nullcontext():  # a first: no two threads wait for each other
-                _visit(unit, a * BLOCK, b * BLOCK, start, stop, indices, distances)
+            try:
+                _visit(
+                    rows, row, a, min(a + size, n_left), columns, column, b, min(b + size, n_right), start, stop, keys
+                )
+            finally:
+                with free:
+                    taken.difference_update((row + a, column + b))
+                    free.notify_all()
 
     if n_threads == 1:
         work()
@@ -68,96 +127,33 @@ def search_self(
             future.result()
 
 
-def _pairs(n_blocks: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Pairs a ≤ b with a or b among the wanted rows, near ones first, and far apart for threads that take turns."""
-    first, last = start // BLOCK, -(-stop // BLOCK)
-    for step in range(n_blocks):
-        for a in range(n_blocks - step):
-            b = a + step
-            if first <= a < last or first <= b < last:
-                yield a, b
-
-
 @njit(nogil=True, cache=True)
 def _visit(
-    unit: NDArray[np.float32],
+    rows: NDArray[np.float32],
+    row_offset: int,
     row: int,
+    row_end: int,
+    columns: NDArray[np.float32],
+    column_offset: int,
     column: int,
+    column_end: int,
     start: int,
     stop: int,
-    indices: NDArray[np.int32],
-    distances: NDArray[np.float32],
+    keys: NDArray[np.uint64],
 ) -> None:
-    # all pairs of two blocks: rows look for columns and columns for rows in one pass
-    n, width = unit.shape
-    height, n_columns = min(BLOCK, n - row), min(BLOCK, n - column)
-    depth = (width + 3) // 4 * 4  # zeros added to a sum change no bit of it
-    panel = np.zeros(depth * BLOCK, dtype=np.float32)
-    group = np.zeros(_GROUP * depth, dtype=np.float32)
-    block = np.empty(_GROUP * BLOCK, dtype=np.float32)
-    pack(unit, column, n_columns, panel)
-    last = distances.shape[1] - 1
-    worst = np.full(n_columns, -np.inf, dtype=np.float32)  # what a column's neighbour has to beat; −∞: not wanted
-    if row != column:
-        for c in range(max(0, start - column), min(n_columns, stop - column)):
-            worst[c] = distances[column + c - start, last]
-    for first in range(0, height, _GROUP):
-        n_rows = min(_GROUP, height - first)
-        for r in range(n_rows):
-            for d in range(width):
-                group[r * depth + d] = unit[row + first + r, d]
-        dot_block(group, panel, depth, block)
-        for r in range(n_rows):
-            i = row + first + r
-            line = block[r * BLOCK : r * BLOCK + n_columns]
-            _keep(line, i, column, start, stop, worst, indices, distances)
-
-
-@njit(nogil=True, cache=True)
-def _keep(
-    line: NDArray[np.float32],
-    i: int,
-    column: int,
-    start: int,
-    stop: int,
-    worst: NDArray[np.float32],
-    indices: NDArray[np.int32],
-    distances: NDArray[np.float32],
-) -> None:
-    last = distances.shape[1] - 1
-    limit = distances[i - start, last] if start <= i < stop else -np.float32(np.inf)
-    for begin in range(0, line.shape[0], _CHUNK):
-        end = min(begin + _CHUNK, line.shape[0])
-        candidates = 0
-        for c in range(begin, end):
-            distance = _ONE - line[c]
-            candidates += (distance <= limit) | (distance <= worst[c])
-        if candidates == 0:
-            continue
-        for c in range(begin, end):
-            if not line[c] > _ZERO or i == column + c:
-                continue
-            distance = max(_ONE - line[c], _ZERO)  # rounding may put a cosine a little above 1
-            if distance <= limit:
-                _insert(distance, column + c, indices[i - start], distances[i - start])
-                limit = distances[i - start, last]
-            if distance <= worst[c]:
-                place = column + c - start
-                _insert(distance, i, indices[place], distances[place])
-                worst[c] = distances[place, last]
-
-
-@njit(nogil=True, cache=True)
-def _insert(distance: np.float32, index: int, indices: NDArray[np.int32], distances: NDArray[np.float32]) -> None:
-    # kept in order of (distance, index); what comes after the last one is dropped
-    place = distances.shape[0] - 1
-    if distance == distances[place] and index > indices[place] >= 0:
-        return
-    while place > 0 and (
-        distances[place - 1] > distance or (distances[place - 1] == distance and indices[place - 1] > index)
-    ):
-        distances[place] = distances[place - 1]
-        indices[place] = indices[place - 1]
-        place -= 1
-    distances[place] = distance
-    indices[place] = index
+    # all pairs of two ranges of rows: rows look for columns and columns for rows in one pass
+    panel = np.empty(rows.shape[1] * BLOCK, dtype=np.float32)
+    block = np.empty((BLOCK + ROWS, BLOCK), dtype=np.float32)
+    worst = np.empty(BLOCK, dtype=np.float32)
+    same = row_offset + row == column_offset + column
+    for c in range(column, column_end, BLOCK):
+        n_columns, place = min(BLOCK, column_end - c), column_offset + c
+        pack(columns, c, n_columns, panel)
+        for r in range(row, min(row_end, c + BLOCK) if same else row_end, BLOCK):
+            height = min(BLOCK, row_end - r)
+            # of a block with itself every pair comes twice: the columns need no lists
+            wanted = 0 if row_offset + r == place else n_columns
+            worst_distances(keys, start, stop, place, wanted, worst)
+            product_block(rows, r, height, panel, block, False)
+            for i in range(height):
+                keep_nearest(block[i], n_columns, row_offset + r + i, place, start, stop, worst, keys)

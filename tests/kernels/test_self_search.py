@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lloki_atlas.kernels import self_search
 from lloki_atlas.kernels.neighbors import Neighbors, nearest_neighbors, nearest_rows
-from lloki_atlas.kernels.products import BLOCK, dot_block, pack
+from lloki_atlas.kernels.products import BLOCK
 
 N_ROWS = 2 * BLOCK + 131
 
@@ -80,19 +81,22 @@ def test_ties_across_blocks_go_to_the_smaller_index():
         assert len(near) == ((unit @ unit[i] > 0) & (np.arange(N_ROWS) != i)).sum()
 
 
-@pytest.mark.parametrize("d", [1, 4, 7, 50])
-def test_a_product_has_the_same_bits_whichever_row_is_in_the_panel(d):
-    rows = np.random.default_rng(d).normal(size=(2 * BLOCK, d)).astype(np.float32)
-    depth = (d + 3) // 4 * 4
+class Lazy:
+    """Rows that are only there when they are sliced."""
 
-    def products(group_at: int, panel_at: int) -> np.ndarray:
-        panel = np.zeros(depth * BLOCK, np.float32)
-        group = np.zeros((4, depth), np.float32)
-        block = np.empty(4 * BLOCK, np.float32)
-        pack(rows, panel_at, BLOCK, panel)
-        group[:, :d] = rows[group_at : group_at + 4]
-        dot_block(group.ravel(), panel, depth, block)
-        return block.reshape(4, BLOCK)
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows, self.shape, self.largest = rows, rows.shape, 0
 
-    there, back = products(0, BLOCK)[:, :4], products(BLOCK, 0)[:, :4]
-    np.testing.assert_array_equal(there, back.T)
+    def __getitem__(self, part: slice) -> np.ndarray:
+        self.largest = max(self.largest, part.stop - part.start)
+        return self.rows[part]
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_rows_read_slab_by_slab_give_the_same_bytes(whole, n_threads, monkeypatch):
+    monkeypatch.setattr(self_search, "SLAB_BYTES", 4 * 9 * BLOCK)
+    lazy = Lazy(make_rows())
+    assert_same(nearest_neighbors(lazy, n_neighbors=15, n_threads=n_threads), whole.indices, whole.distances)
+    assert lazy.largest == BLOCK
+    part = nearest_neighbors(lazy, n_neighbors=15, start=70, stop=2 * BLOCK + 3)
+    assert_same(part, whole.indices[70 : 2 * BLOCK + 3], whole.distances[70 : 2 * BLOCK + 3])
