@@ -21,42 +21,134 @@ from lloki_atlas.errors import InputError
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How the cells of a slice, in spatial order, are cut into tiles (unit of IO, retry and memory).
+    """How the work on a slice is cut: no stored number depends on it.
 
-    No stored number depends on it.
+    The cells of a slice, in spatial order, are cut into tiles of `tile_cells` (unit of IO, retry and memory). A step
+    that needs the whole slice keeps it in memory while that is projected to take at most `slice_memory_mb`
+    (2^20 bytes), and streams it from disk in blocks beyond.
     """
 
     tile_cells: int = 4096
+    slice_memory_mb: int = 2048
 
     def __post_init__(self) -> None:
         _require(self.tile_cells >= 1, "tile_cells", self.tile_cells, "at least 1")
+        _require(self.slice_memory_mb >= 1, "slice_memory_mb", self.slice_memory_mb, "at least 1")
+
+
+# what a mode decides for fields that are not given: the equations as printed, and the published code's behaviour
+_MODES: dict[str, dict[str, Any]] = {
+    "default": {
+        "graph_space": "scaled",
+        "bandwidth": "pairs",
+        "n_bandwidth_pairs": 10_000,
+        "sparsity_cdf": "midrank",
+        "sparsity_match": "rank",
+        "sparsity_genes": "shared",
+        "support": "frozen",
+        "stopping": "relative",
+        "split": "none",
+    },
+    "paper": {
+        "graph_space": "counts",
+        "bandwidth": "pairs",
+        "n_bandwidth_pairs": 100,
+        "sparsity_cdf": "upper",
+        "sparsity_match": "rank",
+        "sparsity_genes": "shared",
+        "support": "frozen",
+        "stopping": "relative",
+        "split": "none",
+    },
+    "reference": {
+        "graph_space": "counts",
+        "bandwidth": "cross",
+        "n_bandwidth_pairs": 100,
+        "sparsity_cdf": "linspace",
+        "sparsity_match": "argsort",
+        "sparsity_genes": "all",
+        "support": "redrawn",
+        "stopping": "absolute",
+        "split": "stripes",
+    },
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("default", "paper", "reference"),
+    "graph_space": ("scaled", "counts"),
+    "search": ("exact", "fast", "approximate"),
+    "bandwidth": ("pairs", "cross"),
+    "sparsity_cdf": ("midrank", "upper", "linspace"),
+    "sparsity_match": ("rank", "argsort"),
+    "sparsity_genes": ("shared", "all"),
+    "support": ("frozen", "largest", "redrawn"),
+    "stopping": ("relative", "absolute"),
+    "split": ("none", "stripes"),
+    "storage": ("float32", "float16"),
+    "diffuse": ("counts", "embedding"),
+}
 
 
 @dataclass(frozen=True)
 class PropagationConfig:
     """LLOKI-FP: graph, sparsity target, propagation, diffusion.
 
-    `graph_space` is where expression neighbours are searched: `scaled` is the first `n_components` principal
-    components of z-scored log counts over every gene of the panel; `counts` is the counts themselves over the
-    genes shared with the reference, as published.
-    `alpha` weighs the diffused values against the cell's own (equation 5).
+    `mode` decides every field that is not given: `default` is correct and deterministic, `paper` the equations as
+    printed, `reference` the behaviour of the published code with random parts drawn from the same distribution.
+
+    Neighbours: `graph_space` is where they are searched: `scaled` is the first `n_components` principal components of
+    z-scored log counts over every gene of the panel; `counts` is the counts over the genes shared with the reference,
+    as published. `search` is `exact`; `fast` ranks candidates in reduced precision and re-ranks them exactly;
+    `approximate` is nearest-neighbour descent. Slices of `approximate_from` cells or more use `approximate`
+    whatever `search` says (0: never). Both record their recall.
+    `bandwidth` σ: mean distance of `n_bandwidth_pairs` random `pairs`, or of 100 × 100 `cross` distances drawn anew
+    for each graph.
+
+    Sparsity: `sparsity_cdf` is F of equation 3: `midrank`, `upper` (i/n) or `linspace` ((i − 1)/(n − 1)); targets are
+    assigned by `rank`, or by `argsort` as published; sparsity of the reference counts the `shared` genes or `all`.
+
+    Propagation: `support` is which genes a full cell keeps: `frozen` (drawn once), `largest` values, or `redrawn` in
+    every iteration; `stopping` on the `relative` change (`tolerance`) or on an `absolute` norm of 15 on counts divided
+    by their maximum. `split` cuts large slices into `stripes` along x. `storage` is the type of propagated values.
+
+    Diffusion: `alpha` weighs the diffused values against the cell's own (equation 5); `keep_observed` leaves observed
+    values as they are; `cap_final` keeps a cell's largest values up to its target; `diffuse` the `counts` before the
+    embedder or the `embedding` after it.
     """
 
-    graph_space: Literal["scaled", "counts"] = "scaled"
+    mode: Literal["default", "paper", "reference"] = "default"
+    graph_space: Literal["scaled", "counts"] | None = None
     n_components: int = 20
     n_neighbors: int = 40
+    search: Literal["exact", "fast", "approximate"] = "exact"
+    approximate_from: int = 0
     self_loops: bool = True
+    bandwidth: Literal["pairs", "cross"] | None = None
+    n_bandwidth_pairs: int = 0
+    sparsity_cdf: Literal["midrank", "upper", "linspace"] | None = None
+    sparsity_match: Literal["rank", "argsort"] | None = None
+    sparsity_genes: Literal["shared", "all"] | None = None
+    support: Literal["frozen", "largest", "redrawn"] | None = None
+    stopping: Literal["relative", "absolute"] | None = None
     max_iterations: int = 40
     tolerance: float = 1e-3
+    split: Literal["none", "stripes"] | None = None
+    storage: Literal["float32", "float16"] = "float32"
+    diffuse: Literal["counts", "embedding"] = "counts"
     alpha: float = 1.0
     keep_observed: bool = False
-    n_bandwidth_pairs: int = 10_000
+    cap_final: bool = False
     random_state: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.graph_space in ("scaled", "counts"), "graph_space", self.graph_space, "'scaled' or 'counts'")
+        _require(self.mode in _MODES, "mode", self.mode, "'default', 'paper' or 'reference'")
+        for name, value in _MODES[self.mode].items():
+            if getattr(self, name) in (None, 0):
+                object.__setattr__(self, name, value)
+        for name, choices in _CHOICES.items():
+            _require(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(choices))
         _require(self.n_neighbors >= 1, "n_neighbors", self.n_neighbors, "at least 1")
         _require(self.n_components >= 1, "n_components", self.n_components, "at least 1")
+        _require(self.approximate_from >= 0, "approximate_from", self.approximate_from, "not negative")
         _require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "at least 1")
         _require(self.tolerance > 0, "tolerance", self.tolerance, "positive")
         _require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "between 0 and 1")

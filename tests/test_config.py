@@ -67,7 +67,7 @@ def test_a_section_that_is_left_out_has_its_defaults():
         ("propagation", "tolerance", 0.0),
         ("propagation", "alpha", -0.1),
         ("propagation", "alpha", 1.1),
-        ("propagation", "n_bandwidth_pairs", 0),
+        ("propagation", "n_bandwidth_pairs", -1),
         ("embedder", "n_factors", 0),
         ("embedder", "n_factors", 513),
         ("embedder", "ridge", 0.0),

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from parity.textbook import splitmix, union_graph
 
 from lloki_atlas.errors import InputError
-from lloki_atlas.kernels.graph import Graph, build_graph, sample_bandwidth
+from lloki_atlas.kernels.bandwidth import sample_bandwidth
+from lloki_atlas.kernels.graph import Graph, build_graph
 from lloki_atlas.kernels.neighbors import Neighbors, nearest_neighbors
 
 

@@ -12,8 +12,9 @@ import pytest
 import scipy.sparse as sp
 from parity import textbook
 
+from lloki_atlas.kernels.bandwidth import sample_bandwidth
 from lloki_atlas.kernels.diffusion import diffuse
-from lloki_atlas.kernels.graph import build_graph, sample_bandwidth
+from lloki_atlas.kernels.graph import build_graph
 from lloki_atlas.kernels.hashing import text_key
 from lloki_atlas.kernels.neighbors import nearest_neighbors
 from lloki_atlas.kernels.propagation import propagate

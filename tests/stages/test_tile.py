@@ -9,7 +9,7 @@ from support.atlases import N_CELLS, copied
 
 from lloki_atlas.config import PropagationConfig
 from lloki_atlas.engine.plan import run_task
-from lloki_atlas.kernels.graph import sample_bandwidth
+from lloki_atlas.kernels.bandwidth import sample_bandwidth
 from lloki_atlas.stages import tile
 from lloki_atlas.stages.lineage import expected_objects
 from lloki_atlas.stages.panels import panel_counts, reference_symbols, select_panel, slice_random_key
