@@ -25,15 +25,18 @@ class TileConfig:
 
     The cells of a slice, in spatial order, are cut into tiles of `tile_cells` (unit of IO, retry and memory). A step
     that needs the whole slice keeps it in memory while that is projected to take at most `slice_memory_mb`
-    (2^20 bytes), and streams it from disk in blocks beyond.
+    (2^20 bytes), and streams it from disk in blocks beyond. Slices of more than `search_cells` cells are searched for
+    neighbours in ranges of that size, by as many tasks.
     """
 
     tile_cells: int = 4096
     slice_memory_mb: int = 2048
+    search_cells: int = 32768
 
     def __post_init__(self) -> None:
         _require(self.tile_cells >= 1, "tile_cells", self.tile_cells, "at least 1")
-        _require(self.slice_memory_mb >= 1, "slice_memory_mb", self.slice_memory_mb, "at least 1")
+        _require(self.slice_memory_mb >= 0, "slice_memory_mb", self.slice_memory_mb, "not negative")
+        _require(self.search_cells >= 1, "search_cells", self.search_cells, "at least 1")
 
 
 # what a mode decides for fields that are not given: the equations as printed, and the published code's behaviour
@@ -75,7 +78,7 @@ _MODES: dict[str, dict[str, Any]] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("default", "paper", "reference"),
     "graph_space": ("scaled", "counts"),
-    "search": ("exact", "fast", "approximate"),
+    "search": ("exact", "approximate"),
     "bandwidth": ("pairs", "cross"),
     "sparsity_cdf": ("midrank", "upper", "linspace"),
     "sparsity_match": ("rank", "argsort"),
@@ -97,9 +100,8 @@ class PropagationConfig:
 
     Neighbours: `graph_space` is where they are searched: `scaled` is the first `n_components` principal components of
     z-scored log counts over every gene of the panel; `counts` is the counts over the genes shared with the reference,
-    as published. `search` is `exact`; `fast` ranks candidates in reduced precision and re-ranks them exactly;
-    `approximate` is nearest-neighbour descent. Slices of `approximate_from` cells or more use `approximate`
-    whatever `search` says (0: never). Both record their recall.
+    as published. `search` is `exact`, or `approximate` by nearest-neighbour descent, which slices of `approximate_from`
+    cells or more use whatever `search` says (0: never), and which records its measured recall.
     `bandwidth` σ: mean distance of `n_bandwidth_pairs` random `pairs`, or of 100 × 100 `cross` distances drawn anew
     for each graph.
 
@@ -119,7 +121,7 @@ class PropagationConfig:
     graph_space: Literal["scaled", "counts"] | None = None
     n_components: int = 20
     n_neighbors: int = 40
-    search: Literal["exact", "fast", "approximate"] = "exact"
+    search: Literal["exact", "approximate"] = "exact"
     approximate_from: int = 0
     self_loops: bool = True
     bandwidth: Literal["pairs", "cross"] | None = None
@@ -152,6 +154,12 @@ class PropagationConfig:
         _require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "at least 1")
         _require(self.tolerance > 0, "tolerance", self.tolerance, "positive")
         _require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "between 0 and 1")
+        _require(
+            self.support != "frozen" or self.stopping == "relative",
+            "stopping",
+            self.stopping,
+            "'relative' with a frozen support, which settles; give support='redrawn' or 'largest' with 'absolute'",
+        )
         _require(self.n_bandwidth_pairs >= 1, "n_bandwidth_pairs", self.n_bandwidth_pairs, "at least 1")
 
 

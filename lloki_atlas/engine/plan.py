@@ -23,7 +23,7 @@ from uuid import uuid4
 import numpy as np
 
 from lloki_atlas.config import canonical_json
-from lloki_atlas.errors import FormatError, MemoryBudgetError
+from lloki_atlas.errors import FormatError, LlokiAtlasError, MemoryBudgetError
 from lloki_atlas.store.arrays import ArraySpec, create_arrays, read_rows, write_arrays, write_rows
 from lloki_atlas.store.objects import is_complete, publish, write_durable
 
@@ -92,6 +92,9 @@ class Task:
         Peak host memory above the worker's own, in bytes.
     slice_id
         The slice it belongs to, if it belongs to one.
+    until
+        An object that makes the task superfluous once it is there, whatever became of the task's own output; "" for
+        none.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Task:
     n_cells: int = 0
     projected_memory: int = 0
     slice_id: str | None = None
+    until: str = ""
 
 
 @dataclass(frozen=True)
@@ -222,19 +226,35 @@ def run_task(task: Task, *dependencies: Any) -> str:
 
     `dependencies` are the names of finished tasks: Dask hands them in, only their being there matters.
     """
-    output = task.output
-    if is_complete(output.path) or (output.rows is not None and output.marker.exists()):
+    if _is_done(task):
         return task.name
+    try:
+        _compute(task)
+    except LlokiAtlasError:
+        # another run may have finished, and cleaned up behind itself, meanwhile
+        if not _is_done(task):
+            raise
+    return task.name
+
+
+def _is_done(task: Task) -> bool:
+    output = task.output
+    superfluous = bool(task.until) and is_complete(task.until)
+    return superfluous or is_complete(output.path) or (output.rows is not None and output.marker.exists())
+
+
+def _compute(task: Task) -> None:
+    output = task.output
     if not task.function:
         _publish_tiles(output)
-        return task.name
+        return
     module, _, name = task.function.partition(":")
     compute = getattr(import_module(module), name)
     if output.folder:
         with _own_staging(output) as staging:
             Path(staging).mkdir(parents=True)
             compute(staging, **task.arguments)
-        return task.name
+        return
     arrays = compute(**task.arguments)
     if output.rows is None:
         with _own_staging(output) as staging:
@@ -246,7 +266,6 @@ def run_task(task: Task, *dependencies: Any) -> str:
         output.marker.parent.mkdir(parents=True, exist_ok=True)
         stored = {name: np.asarray(values, dtype=output.specs[name].dtype) for name, values in arrays.items()}
         write_durable(output.marker, canonical_json({"sha256": _rows_digest(stored)}))
-    return task.name
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from lloki_atlas.kernels.products import LANES
+from lloki_atlas.kernels.products import LANES, dot_eight
 
 CHUNK = 64  # columns looked at together
 _MISSING = np.uint64(0x7F800000FFFFFFFF)  # at infinity, index −1
@@ -45,17 +45,19 @@ def keep_nearest(
     column: int,
     start: int,
     stop: int,
-    worst: NDArray[np.float32],
     keys: NDArray[np.uint64],
+    column_start: int,
+    worst: NDArray[np.float32],
+    column_keys: NDArray[np.uint64],
 ) -> None:
     """Let row i and the `n_columns` rows from `column` on enter each other's lists, in-place.
 
-    `line` (BLOCK,) are their similarities; `keys` are the lists of rows `start` to `stop`; `worst` (BLOCK,) is the
-    distance that a column's neighbour has to beat, −∞ where the column has no list.
+    `line` (BLOCK,) are their similarities; `keys` are the lists of rows `start` to `stop`, `column_keys` those of rows
+    from `column_start` on; `worst` (BLOCK,) is the distance that a column's neighbour has to beat, −∞ where the column
+    has no list.
     """
     last = keys.shape[1] - 1
-    mine = start <= i < stop
-    limit = _distance(keys[i - start, last]) if mine else -np.float32(np.inf)
+    limit = _distance(keys[i - start, last]) if start <= i < stop else -np.float32(np.inf)
     for begin in range(0, n_columns, CHUNK):
         found = _within(line, begin, limit, worst)
         while found != np.uint64(0):
@@ -67,7 +69,31 @@ def keep_nearest(
             if distance <= limit:
                 limit = _insert(_key(distance, column + c), keys[i - start])
             if distance <= worst[c]:
-                worst[c] = _insert(_key(distance, i), keys[column + c - start])
+                worst[c] = _insert(_key(distance, i), column_keys[column + c - column_start])
+
+
+@njit(nogil=True, cache=True)
+def rank_candidates(
+    unit: NDArray[Any], candidates: NDArray[Any], keys: NDArray[np.uint64], start: int, stop: int
+) -> None:
+    """Let the named candidates of rows `start` to `stop` enter their lists, each once, in-place."""
+    n_candidates = candidates.shape[1]
+    others, similarities = np.empty(8, dtype=np.int64), np.empty(8, dtype=np.float32)
+    for i in range(start, stop):
+        for first in range(0, n_candidates, 8):
+            for c in range(8):
+                others[c] = candidates[i, first + c] if first + c < n_candidates else -1
+                if others[c] < 0:
+                    others[c] = i
+            dot_eight(unit, i, others, similarities)
+            for c in range(8):
+                if others[c] == i or not similarities[c] > _ZERO:
+                    continue
+                key, known = _key(max(_ONE - similarities[c], _ZERO), others[c]), False
+                for place in range(keys.shape[1]):
+                    known = known or keys[i, place] == key
+                if not known:
+                    _insert(key, keys[i])
 
 
 @njit(nogil=True, cache=True)

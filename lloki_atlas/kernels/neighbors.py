@@ -8,6 +8,7 @@ into exactly the whole one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,10 +16,11 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from lloki_atlas.errors import InputError
-from lloki_atlas.kernels.candidates import unpack_keys
+from lloki_atlas.kernels.candidates import no_keys, rank_candidates, unpack_keys
 from lloki_atlas.kernels.checks import array
 from lloki_atlas.kernels.products import BLOCK, ROWS, pack, product_block
 from lloki_atlas.kernels.self_search import search_self
+from lloki_atlas.kernels.threads import over_rows
 from lloki_atlas.kernels.unit import padded_rows, unit_rows
 
 _CHUNK = 64  # columns tested at once for any candidate
@@ -99,8 +101,8 @@ def nearest_neighbors(
     def read(first: int, last: int) -> NDArray[np.float32]:
         return array(given[first:last], np.float32, name="rows", shape=(last - first, d))
 
-    keys = search_self(read, n, d, start=start, stop=stop, n_neighbors=n_neighbors, n_threads=n_threads)
-    return Neighbors(*unpack_keys(keys))
+    found = search_self(read, n, d, start=start, stop=stop, n_neighbors=n_neighbors, n_threads=n_threads)
+    return Neighbors(*unpack_keys(found.keys))
 
 
 def nearest_rows(
@@ -171,6 +173,40 @@ def merge_neighbors(a: Neighbors, b: Neighbors, *, n_neighbors: int) -> Neighbor
     indices, distances = _missing(a.indices.shape[0], n_neighbors)
     _merge(*parts, indices, distances)
     return Neighbors(indices, distances)
+
+
+def re_rank(rows: ArrayLike, candidates: ArrayLike, *, n_neighbors: int, n_threads: int = 1) -> Neighbors:
+    """Rank given candidates of each row by their exact cosine distances.
+
+    Parameters
+    ----------
+    rows
+        `(n, d)` float32.
+    candidates
+        `(n, m)` int32 indices into `rows`, −1 for none; a row's own index is passed over.
+    n_neighbors
+        Number of neighbours k to keep.
+    n_threads
+        Threads; they change no bit.
+
+    Returns
+    -------
+    Neighbors
+        `(n, k)`; similarities are summed as in `nearest_neighbors`, with the same bits.
+
+    Raises
+    ------
+    InputError
+        On a wrong shape or type, or an index outside the rows.
+    """
+    given = array(rows, np.float32, name="rows", shape=(None, None))
+    named = array(candidates, np.int32, name="candidates", shape=(len(given), None))
+    _check_k(n_neighbors)
+    if named.size and int(named.max()) >= len(given):
+        raise InputError(f"a candidate lies outside 0 to {len(given) - 1}: give indices of rows")
+    keys = no_keys(len(given), n_neighbors)
+    over_rows(len(given), n_threads, partial(rank_candidates, unit_rows(given), named, keys))
+    return Neighbors(*unpack_keys(keys))
 
 
 def _neighbors(queries: NDArray[np.float32], rows: NDArray[np.float32], metric: int, n_neighbors: int) -> Neighbors:

@@ -1,11 +1,17 @@
-"""Gene moments and the expression space of the neighbour search, from sparse counts in one thread and a fixed order."""
+"""Gene moments and the expression space of the neighbour search, from sparse counts.
+
+Sums are float64 within pieces of a fixed number of rows and then over pieces, both in order, so that they do not depend
+on threads or on how much of the counts is in memory.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.linalg
@@ -16,11 +22,14 @@ from threadpoolctl import threadpool_limits
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.checks import CsrArrays, array, csr_arrays, finite
 
+PIECE = 4096  # rows of a partial sum: fixed, for sums must not depend on anything else
 SD_FLOOR = 1e-3
 # z-scores have a variance near 1, so a component with less than this, or this part of a squared mean, is rounding
 _NO_VARIANCE = 1e-10
 # two threads that limit BLAS at once would restore each other's limit
-_BLAS = threading.Lock()
+BLAS_LOCK = threading.Lock()
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,30 +46,30 @@ class GeneMoments:
             raise InputError("a gene's mean or sd is not finite or negative: compute them from finite counts")
 
 
-def gene_moments(counts: Any, totals: ArrayLike, *, target_total: float) -> GeneMoments:
-    """Return mean and standard deviation per gene of log1p(x / total · target_total).
-
-    One pass; sums in float64 in the order of rows.
+def gene_moments(counts: Any, totals: ArrayLike, *, target_total: float, n_threads: int = 1) -> GeneMoments:
+    """Return mean and standard deviation per gene of log1p(x / total · target_total), in one pass.
 
     Parameters
     ----------
     counts
-        `(n_cells, n_genes)` CSR, not negative.
+        `(n_cells, n_genes)` CSR, not negative: a matrix, or anything with a `shape` whose row slices are one.
     totals
         `(n_cells,)` library sizes; a cell of total 0 counts as all zero.
     target_total
         The library size that every cell is brought to.
+    n_threads
+        Threads; they change no bit.
 
     Raises
     ------
     InputError
         If there are no cells, or shapes and values do not fit.
     """
-    matrix = csr_arrays(counts, name="counts")
-    if matrix.shape[0] == 0:
+    n = int(counts.shape[0])
+    if n == 0:
         raise InputError("counts has no cells: moments need at least one")
-    scale = _library_scale(array(totals, np.float64, name="totals", shape=(matrix.shape[0],)), target_total)
-    return _moments(matrix, scale)
+    scale = _library_scale(array(totals, np.float64, name="totals", shape=(n,)), target_total)
+    return _moments(counts, scale, n_threads)
 
 
 def scaled_components(
@@ -70,18 +79,20 @@ def scaled_components(
     target_total: float = 100.0,
     clip: float = 5.0,
     totals: ArrayLike | None = None,
+    n_threads: int = 1,
 ) -> NDArray[np.float32]:
     """Return the first principal components of z-scored log counts.
 
     z = clip((log1p(x / total · target_total) − mean) / (sd + 0.001), ±clip) per gene; components are eigenvectors
     of the covariance of z, each with its largest loading positive. A component without variance is all zero.
     z of an absent gene is one number per gene, so covariance and scores are sums over the counts that are there
-    (Cov(z) = Cov(z − z₀)), in float64 in the order of rows: nothing depends on blocks or on BLAS threads.
+    (Cov(z) = Cov(z − z₀)).
 
     Parameters
     ----------
     counts
-        `(n_cells, n_genes)` CSR over every gene of the panel, not negative.
+        `(n_cells, n_genes)` CSR over every gene of the panel, not negative: a matrix, or anything with a `shape` whose
+        row slices are one; read three times, or four without `totals`.
     n_components
         Number of components asked for.
     target_total
@@ -90,6 +101,8 @@ def scaled_components(
         Largest absolute z.
     totals
         `(n_cells,)` library sizes, when `counts` holds only some of the genes; row sums when None.
+    n_threads
+        Threads; they change no bit. Each holds 8 bytes a pair of genes.
 
     Returns
     -------
@@ -101,27 +114,62 @@ def scaled_components(
     InputError
         If there are no cells or genes, or a setting is not positive.
     """
-    matrix = csr_arrays(counts, name="counts")
-    n, n_genes = matrix.shape
+    n, n_genes = (int(length) for length in counts.shape)
     if n == 0 or n_genes == 0:
-        raise InputError(f"counts has shape {matrix.shape}: components need at least one cell and one gene")
+        raise InputError(f"counts has shape {(n, n_genes)}: components need at least one cell and one gene")
     if n_components < 1 or not clip > 0:
         raise InputError(f"n_components is {n_components} and clip {clip}: both have to be positive")
     k = max(1, min(n_components, n_genes, n - 1))
-    library = (
-        _row_sums(matrix.indptr, matrix.data)
-        if totals is None
-        else array(totals, np.float64, name="totals", shape=(n,))
-    )
+    if totals is None:
+        library = np.concatenate(
+            list(_over_pieces(counts, n_threads, lambda part, _: _row_sums(part.indptr, part.data)))
+        )
+    else:
+        library = array(totals, np.float64, name="totals", shape=(n,))
     scale = _library_scale(library, target_total)
-    moments = _moments(matrix, scale)
+    moments = _moments(counts, scale, n_threads)
     spread = moments.sd + SD_FLOOR
     absent = np.clip(-moments.mean / spread, -clip, clip)
-    arguments = (matrix.indptr, matrix.indices, matrix.data, scale, moments.mean, spread, absent, float(clip))
-    covariance, center = _covariance(*arguments)
+    z = (moments.mean, spread, absent, float(clip))
+
+    def product(part: CsrArrays, rows: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return _products(part.indptr, part.indices, part.data, scale[rows], *z)
+
+    covariance, center = np.zeros((n_genes, n_genes)), np.zeros(n_genes)
+    for products, sums in _over_pieces(counts, n_threads, product):
+        covariance += products
+        center += sums
+    center /= n
+    covariance = np.triu(covariance) / n - np.triu(np.outer(center, center))
+    covariance += np.triu(covariance, 1).T
     rounding = _NO_VARIANCE * max(1.0, float(np.max(center**2)))
     loadings = _leading_eigenvectors(covariance, k, rounding)
-    return _scores(*arguments, center, loadings)
+
+    def scores(part: CsrArrays, rows: slice) -> NDArray[np.float32]:
+        return _scores(part.indptr, part.indices, part.data, scale[rows], *z, center, loadings)
+
+    out, start = np.empty((n, k), dtype=np.float32), 0
+    for piece in _over_pieces(counts, n_threads, scores):
+        out[start : start + len(piece)] = piece
+        start += len(piece)
+    return out
+
+
+def _over_pieces(counts: Any, n_threads: int, work: Callable[[CsrArrays, slice], T]) -> Iterator[T]:
+    """Call `work` on PIECE rows at a time and yield what it returns in the order of rows; few wait at a time."""
+
+    def call(start: int) -> T:
+        rows = slice(start, min(start + PIECE, n))
+        return work(csr_arrays(counts[rows], name="counts"), rows)
+
+    n = int(counts.shape[0])
+    starts = range(0, n, PIECE)
+    if n_threads == 1 or len(starts) == 1:
+        yield from map(call, starts)
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        for first in range(0, len(starts), n_threads):
+            yield from pool.map(call, starts[first : first + n_threads])
 
 
 def _library_scale(totals: NDArray[np.float64], target_total: float) -> NDArray[np.float64]:
@@ -134,15 +182,23 @@ def _library_scale(totals: NDArray[np.float64], target_total: float) -> NDArray[
     return scale
 
 
-def _moments(matrix: CsrArrays, scale: NDArray[np.float64]) -> GeneMoments:
-    total, squares = _log_sums(matrix.indptr, matrix.indices, matrix.data, scale, matrix.shape[1])
-    mean = total / matrix.shape[0]
-    return GeneMoments(mean, np.sqrt(np.maximum(squares / matrix.shape[0] - mean**2, 0.0)))
+def _moments(counts: Any, scale: NDArray[np.float64], n_threads: int) -> GeneMoments:
+    n, n_genes = (int(length) for length in counts.shape)
+
+    def sums(part: CsrArrays, rows: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return _log_sums(part.indptr, part.indices, part.data, scale[rows], n_genes)
+
+    total, squares = np.zeros(n_genes), np.zeros(n_genes)
+    for some, some_squares in _over_pieces(counts, n_threads, sums):
+        total += some
+        squares += some_squares
+    mean = total / n
+    return GeneMoments(mean, np.sqrt(np.maximum(squares / n - mean**2, 0.0)))
 
 
 def _leading_eigenvectors(covariance: NDArray[np.float64], k: int, rounding: float) -> NDArray[np.float64]:
     n_genes = covariance.shape[0]
-    with _BLAS, threadpool_limits(limits=1, user_api="blas"):
+    with BLAS_LOCK, threadpool_limits(limits=1, user_api="blas"):
         variances, vectors = scipy.linalg.eigh(covariance, subset_by_index=[n_genes - k, n_genes - 1])
     variances, vectors = variances[::-1], np.ascontiguousarray(vectors[:, ::-1])
     largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(k)]
@@ -194,7 +250,7 @@ def _shifted_row(  # z − z₀ of the counts of one cell, into `out`
 
 
 @njit(nogil=True, cache=True)
-def _covariance(
+def _products(
     indptr: NDArray[Any],
     indices: NDArray[Any],
     data: NDArray[Any],
@@ -204,8 +260,9 @@ def _covariance(
     absent: NDArray[Any],
     clip: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    # upper triangle of Σ (z − z₀)(z − z₀)ᵀ, and Σ (z − z₀)
     n, n_genes = indptr.shape[0] - 1, mean.shape[0]
-    covariance, center, row = np.zeros((n_genes, n_genes)), np.zeros(n_genes), np.empty(n_genes)
+    products, center, row = np.zeros((n_genes, n_genes)), np.zeros(n_genes), np.empty(n_genes)
     for i in range(n):
         _shifted_row(i, indptr, indices, data, scale, mean, spread, absent, clip, row)
         first, size = indptr[i], indptr[i + 1] - indptr[i]
@@ -213,14 +270,8 @@ def _covariance(
             gene = indices[first + a]
             center[gene] += row[a]
             for b in range(a, size):
-                covariance[gene, indices[first + b]] += row[a] * row[b]
-    for a in range(n_genes):
-        center[a] /= n
-    for a in range(n_genes):
-        for b in range(a, n_genes):
-            covariance[a, b] = covariance[a, b] / n - center[a] * center[b]
-            covariance[b, a] = covariance[a, b]
-    return covariance, center
+                products[gene, indices[first + b]] += row[a] * row[b]
+    return products, center
 
 
 @njit(nogil=True, cache=True)

@@ -12,14 +12,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from lloki_atlas.config import AtlasConfig, digest, to_dict
+from lloki_atlas.config import AtlasConfig, PropagationConfig, digest, to_dict
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
 
 STAGES = ("ingest", "tile", "reference", "propagate", "embed", "integrate")
 
 # raised whenever a stage computes something else from the same inputs and settings
-VERSIONS = {"tile": 1, "reference": 1, "propagate": 1, "embed": 1, "train": 1, "integrate": 1}
+VERSIONS = {"tile": 1, "reference": 2, "propagate": 2, "embed": 2, "train": 1, "integrate": 1}
+
+# fields of PropagationConfig that the second graph does not depend on
+DIFFUSION_SETTINGS = ("alpha", "keep_observed", "cap_final", "diffuse")
 
 Status = Literal["done", "missing", "stale"]
 
@@ -49,12 +52,22 @@ def expected_objects(catalog: Catalog, record: SliceRecord) -> dict[str, str]:
         panel=record.panel,
         embedder=catalog.state.models.get("embedder"),
     )
-    keys["propagate"] = _key("propagate", tile=keys["tile"], settings=to_dict(config.propagation))
-    keys["embed"] = _key("embed", propagate=keys["propagate"], panel=keys["reference"])
+    keys["propagate"] = _key("propagate", tile=keys["tile"], settings=graph_settings(config.propagation))
+    keys["embed"] = _key(
+        "embed",
+        propagate=keys["propagate"],
+        panel=keys["reference"],
+        settings={name: getattr(config.propagation, name) for name in DIFFUSION_SETTINGS},
+    )
     model = catalog.state.models.get("autoencoder")
     if model is not None:
         keys["integrate"] = integrate_key(keys["embed"], model)
     return keys
+
+
+def graph_settings(settings: PropagationConfig) -> dict[str, object]:
+    """Return the settings that decide the second graph."""
+    return {name: value for name, value in to_dict(settings).items() if name not in DIFFUSION_SETTINGS}
 
 
 def integrate_key(embed_key: str, model_key: str) -> str:

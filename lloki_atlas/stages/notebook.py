@@ -10,6 +10,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from lloki_atlas.config import PropagationConfig, settings_from_dict
+from lloki_atlas.kernels.cap import cap_rows
 from lloki_atlas.kernels.diffusion import diffuse
 from lloki_atlas.kernels.transport import sparsity_histogram
 from lloki_atlas.stages import propagate, tile
@@ -17,6 +18,7 @@ from lloki_atlas.stages.panels import select_panel, slice_random_key
 from lloki_atlas.stages.prepare import SOURCE_ROW, prepare_slice
 from lloki_atlas.stages.reference import fit_reference
 from lloki_atlas.stages.sources import open_source
+from lloki_atlas.stages.sparsity import sparsity_report
 from lloki_atlas.store.references import ReferenceProfile
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def propagate_slice(
     slice_id: str = "slice",
     spatial_key: str = "spatial",
     layer: str | None = None,
+    n_threads: int = 1,
     **settings: Any,
 ) -> AnnData:
     """Run LLOKI-FP on one slice.
@@ -47,6 +50,8 @@ def propagate_slice(
         Names the slice's random stream.
     spatial_key, layer
         Where coordinates and counts are.
+    n_threads
+        Threads; they change no bit.
     settings
         Fields of `PropagationConfig`, such as `n_neighbors=40` or `alpha=1.0`.
 
@@ -54,7 +59,8 @@ def propagate_slice(
     -------
     AnnData over the shared genes (canonical symbols), cells in the order of `adata`: `X` the denoised counts
     α A_imp X⁰ + (1 − α) X⁰, `layers["counts"]` X⁰, `layers["propagated"]`, `obsp["propagation_graph"]` A_imp,
-    `obs["budget"]`, `obs["target_nonzeros"]`, `obs["achieved_nonzeros"]`, `uns["lloki_atlas"]` how it ended.
+    `obs["budget"]`, `obs["target_nonzeros"]`, `obs["achieved_nonzeros"]`, `uns["lloki_atlas"]` how it ended
+    and the slice's own, target and achieved sparsity.
 
     Raises
     ------
@@ -80,18 +86,37 @@ def propagate_slice(
     key = slice_random_key(slice_id, config)
     statistics = tile.run_slice(panel, coordinates, settings=config, key=key)
     own = np.diff(profile.columns(panel.symbols).indptr).astype(np.int32)
+    histogram = sparsity_histogram(own, len(panel.symbols))
     result = propagate.run_slice(
         panel,
         coordinates,
         own_histogram=statistics["histogram"],
-        reference_histogram=sparsity_histogram(own, len(panel.symbols)),
+        reference_histogram=histogram,
+        reference_histogram_all=sparsity_histogram(np.diff(profile.counts.indptr), profile.counts.shape[1]),
         bandwidth_um=float(statistics["bandwidth_um"][0]),
         settings=config,
         key=key,
+        n_threads=n_threads,
     )
-    counts = panel.shared_counts
+    counts = csr_matrix(panel.shared_counts[0 : panel.n_cells])
     denoised = diffuse(
-        result.graph, counts, start=0, stop=len(order), alpha=config.alpha, keep_observed=config.keep_observed
+        result.graph,
+        counts,
+        start=0,
+        stop=len(order),
+        alpha=config.alpha,
+        keep_observed=config.keep_observed,
+        n_threads=n_threads,
+    )
+    filled = result.filled
+    if config.cap_final:
+        denoised = cap_rows(denoised, np.zeros(counts.shape[1]), filled.target_nonzeros)
+    report = sparsity_report(
+        np.diff(counts.indptr),
+        filled.target_nonzeros,
+        filled.achieved_nonzeros,
+        n_genes=counts.shape[1],
+        reference_histogram=histogram,
     )
     back = np.argsort(order, kind="stable")
     graph = csr_matrix(
@@ -106,13 +131,15 @@ def propagate_slice(
         obsp={"propagation_graph": csr_matrix(graph[back][:, back])},
         uns={
             "lloki_atlas": {
-                "bandwidth_um": float(statistics["bandwidth_um"][0]),
-                "n_iterations": result.n_iterations,
-                "relative_change": result.relative_change,
+                "bandwidth_um": result.bandwidth_um[1],
+                "n_iterations": filled.n_iterations,
+                "relative_change": filled.relative_change,
+                "recall": result.recall[1],
+                "sparsity": report,
             }
         },
     )
-    out.obs["budget"] = result.budget[back]
-    out.obs["target_nonzeros"] = result.target_nonzeros[back]
-    out.obs["achieved_nonzeros"] = np.count_nonzero(result.values, axis=1)[back]
+    out.obs["budget"] = filled.budget[back]
+    out.obs["target_nonzeros"] = filled.target_nonzeros[back]
+    out.obs["achieved_nonzeros"] = filled.achieved_nonzeros[back]
     return out

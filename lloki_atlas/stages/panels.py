@@ -11,11 +11,13 @@ from scipy.sparse import csr_matrix
 from lloki_atlas.config import PropagationConfig
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.hashing import text_key
+from lloki_atlas.kernels.rows import Rows
 from lloki_atlas.store.arrays import read_arrays
 from lloki_atlas.store.slices import SliceStore
 
 # a count is read, freed of controls and cut to the shared genes (8 bytes each time); the embedder's scale needs
 # three float64 at a time
+READ_ROWS = 16384  # cells read at a time where a pass over a slice needs no more
 ENTRY_BYTES = 48
 CELL_BYTES = 64
 
@@ -27,14 +29,14 @@ class PanelCounts:
     Parameters
     ----------
     counts
-        (n_cells, n_genes) CSR float32, every gene of the panel but control probes.
+        (n_cells, n_genes) CSR float32, every gene of the panel but control probes; or `Rows` of it, read when sliced.
     shared
         (n_shared,) columns of the genes shared with the reference, in alphabetical order of `symbols`.
     symbols
         Canonical symbols of the shared genes.
     """
 
-    counts: csr_matrix
+    counts: csr_matrix | Rows
     shared: np.ndarray
     symbols: tuple[str, ...]
 
@@ -43,12 +45,32 @@ class PanelCounts:
             raise InputError("no gene of the panel is in the reference: check the organism and the gene symbols")
 
     @property
-    def shared_counts(self) -> csr_matrix:
-        """(n_cells, n_shared) CSR float32, zeros not stored."""
-        shared = csr_matrix(self.counts[:, self.shared])
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return int(self.counts.shape[0])
+
+    @property
+    def shared_counts(self) -> csr_matrix | Rows:
+        """(n_cells, n_shared) CSR float32, zeros not stored; `Rows` of it if `counts` are."""
+        if isinstance(self.counts, Rows):
+            return Rows((self.n_cells, len(self.shared)), lambda start, stop: self._cut(self.counts[start:stop]))
+        return self._cut(self.counts)
+
+    def _cut(self, counts: csr_matrix) -> csr_matrix:
+        shared = csr_matrix(counts[:, self.shared])
         shared.eliminate_zeros()
         shared.sort_indices()
         return shared
+
+    def row_sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Totals over the panel, float32, and numbers of non-zero shared genes, int32: `(n_cells,)` each."""
+        totals, nonzeros = np.empty(self.n_cells, dtype=np.float32), np.empty(self.n_cells, dtype=np.int32)
+        for start in range(0, self.n_cells, READ_ROWS):
+            rows = slice(start, min(start + READ_ROWS, self.n_cells))
+            counts = self.counts[rows]
+            totals[rows] = np.asarray(counts.sum(axis=1), dtype=np.float32).ravel()
+            nonzeros[rows] = np.diff(self._cut(counts).indptr)
+        return totals, nonzeros
 
 
 def shared_symbols(symbols: tuple[str, ...], reference_symbols: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,9 +79,16 @@ def shared_symbols(symbols: tuple[str, ...], reference_symbols: tuple[str, ...])
     return tuple(sorted({symbol for symbol in symbols if symbol and symbol in known}))
 
 
-def panel_counts(store: SliceStore, reference_symbols: tuple[str, ...]) -> PanelCounts:
-    """Read all counts of a slice."""
-    return select_panel(store.counts(), store.symbols, store.mapping, reference_symbols)
+def panel_counts(store: SliceStore, reference_symbols: tuple[str, ...], *, in_memory: bool = True) -> PanelCounts:
+    """Counts of a slice, all of them read at once, or `Rows` that are read when they are sliced."""
+    if in_memory:
+        return select_panel(store.counts(), store.symbols, store.mapping, reference_symbols)
+    genes, shared, symbols = _choose(store.symbols, store.mapping, reference_symbols)
+
+    def read(start: int, stop: int) -> csr_matrix:
+        return csr_matrix(store.counts(start, stop)[:, genes])
+
+    return PanelCounts(counts=Rows((store.n_cells, len(genes)), read), shared=shared, symbols=symbols)
 
 
 def select_panel(
@@ -76,14 +105,18 @@ def select_panel(
     reference_symbols
         Canonical symbols of the reference.
     """
+    genes, shared, names = _choose(symbols, mapping, reference_symbols)
+    return PanelCounts(counts=csr_matrix(counts[:, genes]), shared=shared, symbols=names)
+
+
+def _choose(
+    symbols: Sequence[str], mapping: Sequence[str], reference_symbols: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Columns that are genes, which of those are shared, and their symbols in alphabetical order."""
     genes = np.flatnonzero(np.array([how != "control" for how in mapping]))
     column = {symbols[gene]: position for position, gene in enumerate(genes.tolist()) if symbols[gene]}
     shared = shared_symbols(tuple(symbols), reference_symbols)
-    return PanelCounts(
-        counts=csr_matrix(counts[:, genes]),
-        shared=np.array([column[symbol] for symbol in shared], dtype=np.int64),
-        symbols=shared,
-    )
+    return genes, np.array([column[symbol] for symbol in shared], dtype=np.int64), shared
 
 
 def reference_symbols(reference_path: str) -> tuple[str, ...]:
@@ -101,3 +134,9 @@ def task_memory(store: SliceStore, *, dense_cells: int = 0, matrices: int = 1) -
     sparse = store.n_counts * ENTRY_BYTES + store.n_cells * CELL_BYTES
     dense = dense_cells * store.n_genes * 4 * matrices
     return sparse + dense + 64 * 2**20
+
+
+def streamed_memory(store: SliceStore) -> int:
+    """Projected bytes of a pass over a slice: READ_ROWS of its counts and what is made of them, and numbers a cell."""
+    entries = min(store.n_counts, READ_ROWS * store.n_genes)
+    return entries * ENTRY_BYTES + store.n_cells * CELL_BYTES + 64 * 2**20

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lloki_atlas.config import to_dict
 from lloki_atlas.engine.plan import Outcome, Plan, Task, link
 from lloki_atlas.errors import InputError
-from lloki_atlas.stages import embed, integrate, propagate, reference, tile
+from lloki_atlas.stages import embed, integrate, propagate_tasks, reference, tile
 from lloki_atlas.stages.lineage import (
     STAGES,
     atlas_config,
@@ -203,7 +205,7 @@ def _slice_tasks(
     if "reference" in wanted:
         yield from reference.plan_stage(catalog, record, keys)
     if "propagate" in wanted:
-        yield from propagate.plan_stage(catalog, record, keys)
+        yield from propagate_tasks.plan_stage(catalog, record, keys)
     if "embed" in wanted:
         yield from embed.plan_stage(catalog, record, keys, embedder_digest=embedder_digest)
 
@@ -219,6 +221,10 @@ def _commit(catalog: Catalog, chosen: Keys, model: _Model | None, outcome: Outco
     for name, keys in chosen.items():
         record = catalog.slice(name)
         held = {stage: key for stage, key in keys.items() if is_complete(catalog.path(STAGE_KINDS[stage], key))}
+        if "propagate" in held:
+            clean_up(catalog, catalog.path("graphs", held["propagate"]))
+        if "embed" in held:
+            clean_up(catalog, catalog.path("embeddings", held["embed"]))
         if {**record.objects, **held} != dict(record.objects):
             slices[name] = dataclasses.replace(record, objects={**record.objects, **held})
     models = {}
@@ -229,6 +235,15 @@ def _commit(catalog: Catalog, chosen: Keys, model: _Model | None, outcome: Outco
     if not slices and not models:
         return catalog
     return commit(catalog, Change(slices=slices, models=models), message=f"run: {len(slices)} slices")
+
+
+def clean_up(catalog: Catalog, final: Path) -> None:
+    """Remove what the steps towards an object handed on to each other in the staging area, once it is there."""
+    for left in catalog.path("staging", final.name).parent.glob(f"{final.name}.*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def status(catalog: Catalog) -> dict[str, Any]:

@@ -6,36 +6,71 @@ values), so the graph is what is stored: about 75 entries a cell.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from lloki_atlas.config import PropagationConfig, to_dict
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.config import PropagationConfig
+from lloki_atlas.errors import InputError
+from lloki_atlas.kernels.bandwidth import cross_bandwidth
+from lloki_atlas.kernels.blocks import MemoryBlocks
 from lloki_atlas.kernels.graph import Graph, build_graph
-from lloki_atlas.kernels.neighbors import nearest_neighbors
-from lloki_atlas.kernels.propagation import propagate
-from lloki_atlas.kernels.scaling import scaled_components
-from lloki_atlas.kernels.transport import imputation_budget, target_nonzeros
-from lloki_atlas.stages.lineage import atlas_config
-from lloki_atlas.stages.panels import PanelCounts, panel_counts, reference_symbols, slice_random_key, task_memory
-from lloki_atlas.store.arrays import read_arrays
-from lloki_atlas.store.catalog import Catalog
-from lloki_atlas.store.records import SliceRecord
-from lloki_atlas.store.slices import SliceStore
+from lloki_atlas.kernels.hashing import mix
+from lloki_atlas.kernels.propagation import MakeBlocks, propagate_blocks
+from lloki_atlas.kernels.row_propagation import propagate_rows
+from lloki_atlas.kernels.rows import Rows
+from lloki_atlas.kernels.transport import sparsity_histogram
+from lloki_atlas.stages.panels import PanelCounts
+from lloki_atlas.stages.search import find_neighbors
+from lloki_atlas.stages.spaces import neighbor_rows
+from lloki_atlas.stages.sparsity import sparsity_targets
+from lloki_atlas.stages.stripes import cut_stripes, join_stripes
 
-DIMS: dict[str, tuple[str, ...]] = {
-    "indptr": ("cell_bound",),
-    "indices": ("entry",),
-    "weights": ("entry",),
-    "budget": ("cell",),
-    "target_nonzeros": ("cell",),
-    "achieved_nonzeros": ("cell",),
-    "n_iterations": ("one",),
-    "relative_change": ("one",),
-}
+FIRST, SECOND = 1, 2  # the graphs, as words of their random streams
+_TINY = np.float32(1e-8)  # what the published code adds to the maximum that it divides by
+
+
+@dataclass(frozen=True)
+class Sparsities:
+    """What decides the budgets of a slice.
+
+    Parameters
+    ----------
+    own_histogram, reference_histogram
+        (n_shared + 1,) int64, cells by number of non-zero shared genes.
+    reference_histogram_all
+        (n_reference_genes + 1,) int64 over all genes of the reference; only the published form asks for it.
+    """
+
+    own_histogram: np.ndarray
+    reference_histogram: np.ndarray
+    reference_histogram_all: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Propagated values of a slice.
+
+    Parameters
+    ----------
+    rows
+        (n_cells, n_shared) float32, sliced like a matrix: observed values and at most `budget` filled in per cell.
+    budget
+        (n_cells,) int32, how many unknown genes a cell may fill in.
+    target_nonzeros, achieved_nonzeros
+        (n_cells,) int32, non-zero genes that optimal transport assigns to the cell, and that it has.
+    n_iterations, relative_change
+        How propagation ended.
+    """
+
+    rows: Any
+    budget: np.ndarray
+    target_nonzeros: np.ndarray
+    achieved_nonzeros: np.ndarray
+    n_iterations: int
+    relative_change: float
 
 
 @dataclass(frozen=True)
@@ -46,25 +81,23 @@ class PropagatedSlice:
     ----------
     graph
         The second graph, A_imp of equation 5.
-    first_graph
-        The graph that propagation walked.
-    values
-        (n_cells, n_shared) float32, propagated counts: observed values and at most `budget` filled in per cell.
-    budget
-        (n_cells,) int32, how many unknown genes a cell may fill in.
-    target_nonzeros
-        (n_cells,) int32, non-zero genes that optimal transport assigns to the cell.
-    n_iterations, relative_change
-        How propagation ended.
+    filled
+        Propagated values and how they came about.
+    recall
+        recall@k of the searches for the first and the second graph, 1 for exact ones.
+    bandwidth_um
+        σ of the two graphs.
     """
 
     graph: Graph
-    first_graph: Graph
-    values: np.ndarray
-    budget: np.ndarray
-    target_nonzeros: np.ndarray
-    n_iterations: int
-    relative_change: float
+    filled: Filled
+    recall: tuple[float, float]
+    bandwidth_um: tuple[float, float]
+
+    @property
+    def values(self) -> np.ndarray:
+        """(n_cells, n_shared) float32, all propagated values as one array."""
+        return np.asarray(self.filled.rows[0 : self.graph.n_cells])
 
 
 def run_slice(
@@ -76,8 +109,12 @@ def run_slice(
     bandwidth_um: float,
     settings: PropagationConfig,
     key: int,
+    reference_histogram_all: np.ndarray | None = None,
+    technology: str = "",
+    n_threads: int = 1,
+    make_blocks: MakeBlocks = MemoryBlocks,
 ) -> PropagatedSlice:
-    """Run equations 1 to 4 on one slice, exactly.
+    """Run equations 1 to 4 on one slice.
 
     Parameters
     ----------
@@ -85,125 +122,184 @@ def run_slice(
         Counts of the slice.
     coordinates
         (n_cells, 2) float32, µm.
-    own_histogram, reference_histogram
-        (n_shared + 1,) int64, cells by number of non-zero shared genes.
+    own_histogram, reference_histogram, reference_histogram_all
+        See `Sparsities`.
     bandwidth_um
         σ of equation 1.
     settings
-        Graph and stopping rule.
+        Graph, budget and stopping rule.
     key
         Key of the slice's random stream, which draws the support of over-full cells.
+    technology
+        Of the slice: the published code cuts some into more stripes.
+    n_threads
+        Threads; they change no bit.
+    make_blocks
+        Where propagated values are kept, see `propagate_blocks`.
+
+    Returns
+    -------
+    PropagatedSlice
+        Cells in the order of the counts.
     """
-
-    def graph_of(values: csr_matrix) -> Graph:
-        space = _neighbor_space(values, panel, settings)
-        neighbors = nearest_neighbors(space, n_neighbors=settings.n_neighbors)
-        return build_graph(neighbors, coordinates, bandwidth_um=bandwidth_um, self_loops=settings.self_loops)
-
-    counts = panel.shared_counts
-    nonzeros = np.diff(counts.indptr).astype(np.int32)
-    targets = target_nonzeros(own_histogram, reference_histogram)
-    budget = imputation_budget(nonzeros, targets)
-    first = graph_of(counts)
-    propagated = propagate(
-        first, counts, budget, key=key, max_iterations=settings.max_iterations, tolerance=settings.tolerance
+    stripes = cut_stripes(coordinates, technology) if settings.split == "stripes" else []
+    if len(stripes) > 1:
+        parts = []
+        for stripe, rows in enumerate(stripes):
+            piece = PanelCounts(csr_matrix(panel.counts[0 : panel.n_cells])[rows], panel.shared, panel.symbols)
+            part = run_slice(
+                piece,
+                coordinates[rows],
+                own_histogram=sparsity_histogram(piece.row_sums()[1], len(panel.symbols)),
+                reference_histogram=reference_histogram,
+                reference_histogram_all=reference_histogram_all,
+                bandwidth_um=bandwidth_um,
+                settings=replace(settings, split="none"),
+                key=mix(key, stripe),
+                n_threads=n_threads,
+            )
+            parts.append(part)
+        return _join(stripes, parts)
+    sparsities = Sparsities(own_histogram, reference_histogram, reference_histogram_all)
+    first, first_bandwidth, first_recall = slice_graph(
+        neighbor_rows(panel, settings, n_threads=n_threads),
+        coordinates,
+        bandwidth_um=bandwidth_um,
+        settings=settings,
+        key=mix(key, FIRST),
+        n_threads=n_threads,
     )
-    # nothing filled in: the second graph would be the first again
-    second = first if not budget.any() else graph_of(csr_matrix(propagated.values))
-    return PropagatedSlice(
-        graph=second,
-        first_graph=first,
-        values=propagated.values,
-        budget=budget,
-        target_nonzeros=targets[nonzeros].astype(np.int32),
-        n_iterations=propagated.n_iterations,
-        relative_change=propagated.relative_change,
+    filled = fill(
+        first, panel, sparsities=sparsities, settings=settings, key=key, n_threads=n_threads, make_blocks=make_blocks
     )
-
-
-def _neighbor_space(shared: csr_matrix, panel: PanelCounts, settings: PropagationConfig) -> np.ndarray:
-    """Where expression neighbours are searched: (n_cells, d) float32."""
-    if settings.graph_space == "counts":
-        return np.ascontiguousarray(shared.toarray(), dtype=np.float32)
-    return scaled_components(_replace_columns(panel.counts, shared, panel.shared), n_components=settings.n_components)
-
-
-def _replace_columns(counts: csr_matrix, replacement: csr_matrix, columns: np.ndarray) -> csr_matrix:
-    """Counts with the shared genes' columns taken from another matrix; unshared genes help to find neighbours."""
-    keep = np.ones(counts.shape[1], dtype=bool)
-    keep[columns] = False
-    rest = counts.tocoo()
-    kept = keep[rest.col]
-    other = replacement.tocoo()
-    rows = np.concatenate([rest.row[kept], other.row])
-    cols = np.concatenate([rest.col[kept], columns[other.col]])
-    data = np.concatenate([rest.data[kept], other.data]).astype(np.float32)
-    merged = csr_matrix((data, (rows, cols)), shape=counts.shape)
-    merged.sort_indices()
-    return merged
-
-
-def compute(
-    slice_path: str, reference_path: str, statistics_path: str, panel_path: str, settings: dict[str, Any]
-) -> dict[str, np.ndarray]:
-    """Task body: read a slice, run LLOKI-FP, return the second graph and the sparsity report."""
-    config = PropagationConfig(**settings)
-    store = SliceStore(slice_path)
-    statistics = read_arrays(statistics_path)
-    result = run_slice(
-        panel_counts(store, reference_symbols(reference_path)),
-        store.coordinates(),
-        own_histogram=statistics["histogram"],
-        reference_histogram=read_arrays(panel_path, ["histogram"])["histogram"],
-        bandwidth_um=float(statistics["bandwidth_um"][0]),
-        settings=config,
-        key=slice_random_key(store.metadata["slice_id"], config),
+    if not filled.budget.any():  # nothing filled in: the second graph would be the first again
+        return PropagatedSlice(first, filled, (first_recall, first_recall), (first_bandwidth, first_bandwidth))
+    del first
+    second, second_bandwidth, second_recall = slice_graph(
+        neighbor_rows(panel, settings, propagated=filled.rows, n_threads=n_threads),
+        coordinates,
+        bandwidth_um=bandwidth_um,
+        settings=settings,
+        key=mix(key, SECOND),
+        n_threads=n_threads,
     )
-    return {
-        "indptr": result.graph.indptr,
-        "indices": result.graph.indices,
-        "weights": result.graph.weights,
-        "budget": result.budget,
-        "target_nonzeros": result.target_nonzeros,
-        "achieved_nonzeros": np.count_nonzero(result.values, axis=1).astype(np.int32),
-        "n_iterations": np.array([result.n_iterations], dtype=np.int32),
-        "relative_change": np.array([result.relative_change]),
-    }
+    return PropagatedSlice(second, filled, (first_recall, second_recall), (first_bandwidth, second_bandwidth))
 
 
-def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str]) -> list[Task]:
-    """One task: LLOKI-FP of the whole slice."""
-    key = keys["propagate"]
-    return [
-        Task(
-            name=f"propagate/{record.slice_id}",
-            stage="propagate",
-            function="lloki_atlas.stages.propagate:compute",
-            arguments={
-                "slice_path": str(catalog.path("slices", keys["ingest"])),
-                "reference_path": str(catalog.path("references", str(catalog.state.reference))),
-                "statistics_path": str(catalog.path("statistics", keys["tile"])),
-                "panel_path": str(catalog.path("panels", keys["reference"])),
-                "settings": to_dict(atlas_config(catalog).propagation),
-            },
-            output=Output(
-                path=str(catalog.path("graphs", key)),
-                staging=str(catalog.path("staging", key)),
-                lineage={"stage": "propagate", "statistics": keys["tile"]},
-                dims=DIMS,
-                attributes={"slice_id": record.slice_id},
-            ),
-            n_cells=record.n_cells,
-            projected_memory=_projected_memory(
-                SliceStore(catalog.path("slices", keys["ingest"])), atlas_config(catalog).propagation
-            ),
-            slice_id=record.slice_id,
+def slice_graph(
+    rows: Any,
+    coordinates: np.ndarray,
+    *,
+    bandwidth_um: float,
+    settings: PropagationConfig,
+    key: int,
+    n_threads: int = 1,
+) -> tuple[Graph, float, float]:
+    """Search neighbours among `rows` and join them. Returns the graph, its σ and the recall of the search."""
+    neighbors, recall = find_neighbors(rows, settings, key=key, n_threads=n_threads)
+    indices = neighbors.indices
+    del neighbors  # the distances are not needed
+    graph, sigma = joined_graph(
+        indices, coordinates, bandwidth_um=bandwidth_um, settings=settings, key=key, n_threads=n_threads
+    )
+    return graph, sigma, recall
+
+
+def joined_graph(
+    indices: np.ndarray,
+    coordinates: np.ndarray,
+    *,
+    bandwidth_um: float,
+    settings: PropagationConfig,
+    key: int,
+    n_threads: int = 1,
+) -> tuple[Graph, float]:
+    """Join neighbours (n_cells, k) to the graph of a slice. Returns it and its σ."""
+    sigma = cross_bandwidth(coordinates, key=key) if settings.bandwidth == "cross" else bandwidth_um
+    graph = build_graph(indices, coordinates, bandwidth_um=sigma, self_loops=settings.self_loops, n_threads=n_threads)
+    return graph, sigma
+
+
+def fill(
+    graph: Graph,
+    panel: PanelCounts,
+    *,
+    sparsities: Sparsities,
+    settings: PropagationConfig,
+    key: int,
+    n_threads: int = 1,
+    make_blocks: MakeBlocks = MemoryBlocks,
+) -> Filled:
+    """Propagate the counts of a slice over its first graph, within the budgets that its sparsity asks for."""
+    _, nonzeros = panel.row_sums()
+    targets = sparsity_targets(
+        nonzeros,
+        own_histogram=sparsities.own_histogram,
+        reference_histogram=sparsities.reference_histogram,
+        reference_histogram_all=sparsities.reference_histogram_all,
+        settings=settings,
+    )
+    budget = np.maximum(targets - nonzeros, 0).astype(np.int32)
+    if settings.support == "frozen":
+        rows = propagate_blocks(
+            graph,
+            panel.shared_counts,
+            budget,
+            key=key,
+            max_iterations=settings.max_iterations,
+            tolerance=settings.tolerance,
+            storage=settings.storage,
+            n_threads=n_threads,
+            make_blocks=make_blocks,
         )
-    ]
+        return Filled(rows, budget, targets, rows.count_nonzeros(), rows.n_iterations, rows.relative_change)
+    if isinstance(panel.counts, Rows):
+        raise InputError(
+            f"a slice of {panel.n_cells:,} cells is streamed, and a {settings.support} support needs it in memory: "
+            "raise slice_memory_mb and search_cells, or use support='frozen'"
+        )
+    counts = csr_matrix(panel.shared_counts, copy=True)
+    scale = counts.data.max() + _TINY if settings.stopping == "absolute" and counts.nnz else np.float32(1)
+    counts.data /= scale
+    found = propagate_rows(
+        graph,
+        counts,
+        budget,
+        key=key,
+        support=settings.support,  # type: ignore[arg-type]
+        stopping=settings.stopping,  # type: ignore[arg-type]
+        max_iterations=settings.max_iterations,
+        tolerance=settings.tolerance,
+        n_threads=n_threads,
+    )
+    values = found.values * scale
+    achieved = np.count_nonzero(values, axis=1).astype(np.int32)
+    return Filled(values, budget, targets, achieved, found.n_iterations, found.relative_change)
 
 
-def _projected_memory(store: SliceStore, settings: PropagationConfig) -> int:
-    """Counts, dense (n_cells, n_shared) values with up to a third filled in, two graphs of at most 2k + 1 a cell."""
-    graphs = 2 * store.n_cells * (2 * settings.n_neighbors + 1) * 8 * 2
-    # values, and 48 bytes for each of those filled in: no less than the two float32 and the byte of an iteration
-    return graphs + task_memory(store, dense_cells=store.n_cells, matrices=5)
+def _join(stripes: list[np.ndarray], parts: list[PropagatedSlice]) -> PropagatedSlice:
+    """Put the stripes of a slice together again, in the order of its cells."""
+    n = sum(len(rows) for rows in stripes)
+
+    def gather(values: list[np.ndarray]) -> np.ndarray:
+        out = np.empty((n, *values[0].shape[1:]), dtype=values[0].dtype)
+        for rows, part in zip(stripes, values, strict=True):
+            out[rows] = part
+        return out
+
+    return PropagatedSlice(
+        graph=join_stripes(stripes, [part.graph for part in parts]),
+        filled=Filled(
+            rows=gather([part.values for part in parts]),
+            budget=gather([part.filled.budget for part in parts]),
+            target_nonzeros=gather([part.filled.target_nonzeros for part in parts]),
+            achieved_nonzeros=gather([part.filled.achieved_nonzeros for part in parts]),
+            n_iterations=max(part.filled.n_iterations for part in parts),
+            relative_change=max(part.filled.relative_change for part in parts),
+        ),
+        recall=(min(part.recall[0] for part in parts), min(part.recall[1] for part in parts)),
+        bandwidth_um=(
+            float(np.mean([part.bandwidth_um[0] for part in parts])),
+            float(np.mean([part.bandwidth_um[1] for part in parts])),
+        ),
+    )

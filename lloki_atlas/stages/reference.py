@@ -29,6 +29,7 @@ MAX_FACTOR_GENES = 2000  # the most variable ones carry the factors; more only c
 PANEL_DIMS: dict[str, tuple[str, ...]] = {
     "symbols": ("gene",),
     "histogram": ("n_nonzero",),
+    "histogram_all": ("n_nonzero_all",),
     "weights": ("gene", "factor"),
 }
 
@@ -121,14 +122,16 @@ def run_panel(
 
     Returns
     -------
-    `symbols`, `histogram` (n_shared + 1,) int64 of reference cells by number of non-zero shared genes, and the
-    embedder's own arrays for this panel.
+    `symbols`, `histogram` (n_shared + 1,) int64 of reference cells by number of non-zero shared genes,
+    `histogram_all` (n_reference_genes + 1,) over all genes of the reference, and the embedder's own arrays for this
+    panel.
     """
     counts = profile.columns(symbols)
     factors = ReferenceFactors(counts, profile.totals, profile.factors, profile.target_total)
     return {
         "symbols": np.array(symbols, dtype=np.str_),
         "histogram": sparsity_histogram(np.diff(counts.indptr).astype(np.int32), len(symbols)),
+        "histogram_all": sparsity_histogram(np.diff(profile.counts.indptr).astype(np.int32), profile.counts.shape[1]),
         **embedder_factory(settings.name).fit_panel(settings, factors),
     }
 

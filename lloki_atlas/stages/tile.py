@@ -12,7 +12,7 @@ from lloki_atlas.kernels.bandwidth import sample_bandwidth
 from lloki_atlas.kernels.scaling import gene_moments
 from lloki_atlas.kernels.transport import sparsity_histogram
 from lloki_atlas.stages.lineage import atlas_config
-from lloki_atlas.stages.panels import PanelCounts, panel_counts, reference_symbols, slice_random_key, task_memory
+from lloki_atlas.stages.panels import PanelCounts, panel_counts, reference_symbols, slice_random_key, streamed_memory
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
 from lloki_atlas.store.slices import SliceStore
@@ -50,17 +50,15 @@ def run_slice(
     `histogram` (n_shared + 1,) int64 of `nonzeros`, `mean` and `sd` (n_shared,) of log-normalised counts,
     `target_total` (1,) the median total of non-empty cells, `bandwidth_um` (1,) σ of equation 1.
     """
-    shared = panel.shared_counts
-    totals = np.asarray(panel.counts.sum(axis=1), dtype=np.float32).ravel()
-    nonzeros = np.diff(shared.indptr).astype(np.int32)
+    totals, nonzeros = panel.row_sums()
     filled = totals[totals > 0]
     target_total = float(np.median(filled)) if len(filled) else 1.0
-    moments = gene_moments(shared, totals, target_total=target_total)
+    moments = gene_moments(panel.shared_counts, totals, target_total=target_total)
     bandwidth = sample_bandwidth(coordinates, n_pairs=settings.n_bandwidth_pairs, key=key)
     return {
         "totals": totals,
         "nonzeros": nonzeros,
-        "histogram": sparsity_histogram(nonzeros, shared.shape[1]),
+        "histogram": sparsity_histogram(nonzeros, len(panel.symbols)),
         "mean": moments.mean,
         "sd": moments.sd,
         "target_total": np.array([target_total]),
@@ -73,7 +71,7 @@ def compute(slice_path: str, reference_path: str, settings: dict[str, Any]) -> d
     config = PropagationConfig(**settings)
     store = SliceStore(slice_path)
     return run_slice(
-        panel_counts(store, reference_symbols(reference_path)),
+        panel_counts(store, reference_symbols(reference_path), in_memory=False),
         store.coordinates(),
         settings=config,
         key=slice_random_key(store.metadata["slice_id"], config),
@@ -101,7 +99,7 @@ def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str]) -> l
                 attributes={"slice_id": record.slice_id},
             ),
             n_cells=record.n_cells,
-            projected_memory=task_memory(SliceStore(catalog.path("slices", keys["ingest"]))),
+            projected_memory=streamed_memory(SliceStore(catalog.path("slices", keys["ingest"]))),
             slice_id=record.slice_id,
         )
     ]

@@ -8,6 +8,8 @@ import pytest
 from lloki_atlas.kernels.candidates import keep_nearest, no_keys, unpack_keys, worst_distances
 from lloki_atlas.kernels.products import BLOCK
 
+NOT_WANTED = np.full(BLOCK, -np.inf, dtype=np.float32)
+
 
 def similarities(seed: int, n: int, *, ties: bool) -> np.ndarray:
     draws = np.random.default_rng(seed)
@@ -22,7 +24,7 @@ def similarities(seed: int, n: int, *, ties: bool) -> np.ndarray:
 @pytest.mark.parametrize("ties", [False, True])
 def test_a_row_keeps_its_nearest_columns(n, k, ties):
     line, keys = similarities(n + k, n, ties=ties), no_keys(1, k)
-    keep_nearest(line, n, 0, 10, 0, 1, np.full(BLOCK, -np.inf, dtype=np.float32), keys)
+    keep_nearest(line, n, 0, 10, 0, 1, keys, 0, NOT_WANTED, keys)
     indices, distances = unpack_keys(keys)
     expected = sorted((np.float32(1) - line[c], c + 10) for c in range(n) if line[c] > 0)[:k]
     assert [(d, i) for d, i in zip(distances[0], indices[0], strict=True) if i >= 0] == expected
@@ -36,7 +38,7 @@ def test_columns_keep_their_nearest_rows():
     keys, worst = no_keys(100, 4), np.empty(BLOCK, dtype=np.float32)
     for i, line in enumerate(lines):
         worst_distances(keys, 500, 600, 500, 100, worst)
-        keep_nearest(line, 100, i, 500, 500, 600, worst, keys)
+        keep_nearest(line, 100, i, 500, 500, 600, keys, 500, worst, keys)
     indices, distances = unpack_keys(keys)
     for c in range(100):
         expected = sorted((np.float32(1) - line[c], i) for i, line in enumerate(lines) if line[c] > 0)[:4]
@@ -46,11 +48,11 @@ def test_columns_keep_their_nearest_rows():
 def test_a_row_is_not_its_own_neighbour_and_nan_is_nobodys():
     line, keys = np.full(BLOCK, 1.0, dtype=np.float32), no_keys(1, 3)
     line[7] = np.nan
-    keep_nearest(line, 9, 2, 0, 2, 3, np.full(BLOCK, -np.inf, dtype=np.float32), keys)
+    keep_nearest(line, 9, 2, 0, 2, 3, keys, 0, NOT_WANTED, keys)
     assert unpack_keys(keys)[0].tolist() == [[0, 1, 3]]
 
 
 def test_a_similarity_above_one_is_at_distance_zero():
     line, keys = np.full(BLOCK, np.float32(1.0000001)), no_keys(1, 2)
-    keep_nearest(line, 2, 9, 0, 9, 10, np.full(BLOCK, -np.inf, dtype=np.float32), keys)
+    keep_nearest(line, 2, 9, 0, 9, 10, keys, 0, NOT_WANTED, keys)
     assert unpack_keys(keys)[1].tolist() == [[0.0, 0.0]]

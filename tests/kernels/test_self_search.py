@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lloki_atlas.kernels import self_search
+from lloki_atlas.kernels.candidates import unpack_keys
 from lloki_atlas.kernels.neighbors import Neighbors, nearest_neighbors, nearest_rows
 from lloki_atlas.kernels.products import BLOCK
 
@@ -100,3 +103,24 @@ def test_rows_read_slab_by_slab_give_the_same_bytes(whole, n_threads, monkeypatc
     assert lazy.largest == BLOCK
     part = nearest_neighbors(lazy, n_neighbors=15, start=70, stop=2 * BLOCK + 3)
     assert_same(part, whole.indices[70 : 2 * BLOCK + 3], whole.distances[70 : 2 * BLOCK + 3])
+
+
+@pytest.mark.parametrize("cuts", [(0, 300, N_ROWS), (0, 1, BLOCK, 2 * BLOCK, N_ROWS)])
+def test_ranges_that_meet_in_pairs_merge_into_the_whole(whole, cuts):
+    rows = make_rows()
+    ranges = list(pairwise(cuts))
+    found: list[list[np.ndarray]] = [[] for _ in ranges]
+
+    def read(start, stop):
+        return rows[start:stop]
+
+    for a, mine in enumerate(ranges):
+        own = self_search.Lists.empty(*mine, 15)
+        self_search.search_within(read, mine, 9, own, n_threads=1)
+        for b in range(a + 1, len(ranges)):
+            theirs = self_search.Lists.empty(*ranges[b], 15)
+            self_search.search_between(read, mine, ranges[b], 9, (own, theirs), n_threads=1)
+            found[b].append(theirs.keys)
+        found[a].append(own.keys)
+    keys = np.concatenate([self_search.merge_keys(parts, 15) for parts in found])
+    assert_same(Neighbors(*unpack_keys(keys)), whole.indices, whole.distances)
