@@ -1,4 +1,4 @@
-"""Commands about a catalog as such: status, log, verify."""
+"""Commands about a catalog as such: status, sparsity, log, verify."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Version = Annotated[int | None, typer.Option("--version", help="An earlier versi
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    for command in (status, log, verify):
+    for command in (status, sparsity, log, verify):
         app.command()(command)
 
 
@@ -34,6 +34,32 @@ def status(root: Root, version: Version = None, as_json: Json = False) -> None:
         ["slice", "technology", "cells", "genes", *STAGES], rows
     )
     emit(state, as_json=as_json, text=text)
+
+
+def sparsity(root: Root, version: Version = None, as_json: Json = False) -> None:
+    """Compare each slice's sparsity before and after propagation with the target taken from the reference."""
+    from lloki_atlas.stages.reports import propagation_report
+    from lloki_atlas.store.catalog import open_catalog
+
+    reports = propagation_report(open_catalog(root, version=version))
+    rows = []
+    for report in reports:
+        found, correlation = report["sparsity"], report["sparsity"]["target_correlation"]
+        means = [f"{found[name]['mean']:.3f}" for name in ("own", "target", "achieved", "reference")]
+        rows.append(
+            [
+                report["slice_id"],
+                found["n_genes"],
+                *means,
+                f"{100 * found['cells_with_budget']:.1f} %",
+                "-" if correlation is None else f"{correlation:.3f}",
+                report["n_iterations"],
+                f"{min(report['recall']):.3f}",
+            ]
+        )
+    header = ["slice", "genes", "own", "target", "achieved", "reference", "may fill in", "correlation", "iterations"]
+    text = "mean share of shared genes without a count\n" + table([*header, "recall"], rows)
+    emit(reports, as_json=as_json, text=text)
 
 
 def log(root: Root, as_json: Json = False) -> None:

@@ -24,15 +24,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from threadpoolctl import threadpool_limits
 
 from lloki_atlas.config import PropagationConfig
 from lloki_atlas.kernels.graph import build_graph
@@ -41,7 +37,7 @@ from lloki_atlas.kernels.neighbors import nearest_neighbors
 from lloki_atlas.kernels.propagation import propagate_blocks
 from lloki_atlas.kernels.transport import assigned_targets, imputation_budget, sparsity_histogram, target_nonzeros
 from lloki_atlas.stages import tile
-from tests.benchmarks.rivals import OURS, K, agreement, load, make_case, target_correlation
+from tests.benchmarks.rivals import OURS, K, agreement, best_of, load, machine_limits, make_case, target_correlation
 
 ROOT = Path(__file__).parents[2]
 RIVALS = (*OURS, "authors", "scipy")
@@ -117,7 +113,7 @@ def measure_case(given: argparse.Namespace, folder: Path, cells: int, transform:
         if ours and "seconds" in row:
             row["ratio_to_ours"] = row["seconds"] / ours
     report["contenders"] = rows
-    for name in ("ours-fast", "ours-float16", "scipy"):
+    for name in ("ours-40", "ours-fast", "scipy"):
         if (folder / "ours.npz").exists() and (folder / f"{name}.npz").exists():
             rows[name].update(agreement(folder / "ours.npz", folder / f"{name}.npz"))
     report["kernels"] = kernels(given, folder, report["machine"])
@@ -205,39 +201,6 @@ def _projected(case: dict[str, Any], settings: PropagationConfig, n_threads: int
         threads = {"n_threads": n_threads} if "n_threads" in inspect.signature(function).parameters else {}
         return int(function(*size, **threads))
     return None
-
-
-def best_of(n: int, run: Callable[[], Any]) -> float:
-    """Seconds of the fastest of n runs."""
-    seconds = []
-    for _ in range(n):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
-def machine_limits(genes: int, n_threads: int) -> dict[str, Any]:
-    """float32 GEMM of 4096 × genes × 4096 and copying 400 MB arrays, on as many threads."""
-    left, right = (np.random.default_rng(0).random((4096, genes), dtype=np.float32) for _ in range(2))
-    operations = 2 * 4096**2 * genes / 1e9
-    with threadpool_limits(n_threads):
-        rates = {"numpy": operations / best_of(5, lambda: left @ right.T)}
-    try:
-        import torch
-
-        torch.set_num_threads(n_threads)
-        tensors = torch.from_numpy(left), torch.from_numpy(right)
-        rates["torch"] = operations / best_of(5, lambda: tensors[0] @ tensors[1].T)
-    except ImportError:
-        pass
-    size = 100_000_000
-    source, target = np.ones(size, dtype=np.float32), np.zeros(size, dtype=np.float32)
-    parts = [slice(size * t // n_threads, size * (t + 1) // n_threads) for t in range(n_threads)]
-    with ThreadPoolExecutor(n_threads) as pool:
-        copy = best_of(5, lambda: list(pool.map(lambda part: np.copyto(target[part], source[part]), parts)))
-    faster = max(rates, key=lambda name: rates[name])
-    return {"gemm_gflops": rates[faster], "gemm_of": faster, "copy_gb_s": 2 * source.nbytes / copy / 1e9}
 
 
 def kernels(given: argparse.Namespace, folder: Path, machine: dict[str, Any]) -> dict[str, Any]:
@@ -376,6 +339,11 @@ def show(given: argparse.Namespace, report: dict[str, Any]) -> None:
         f"copy {machine['copy_gb_s']:.1f} GB/s",
     )
     say(given, _table(report["contenders"]))
+    if (
+        max([report["load_average"], *(row["load_average"] for row in report["contenders"].values())])
+        > given.threads + 0.5
+    ):
+        say(given, "WARNING: others were at work on this machine, times and ratios do not hold: measure again")
     for name, row in report["contenders"].items():
         if "phases" in row and len(row["phases"]) > 1:
             say(given, f"{name}: " + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in row["phases"].items()))
