@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,19 @@ from lloki_atlas.kernels.checks import array, finite
 BITS = 16
 
 
-def hilbert_order(coordinates: ArrayLike) -> NDArray[np.int64]:
+def hilbert_order(coordinates: ArrayLike, *, names: Sequence[str] | None = None) -> NDArray[np.int64]:
     """Return the rows in the order of a Hilbert curve of 16 bits an axis over the bounding square.
 
     The square starts at the smallest x and y and has the longer side of the bounding box, so the order does not
-    depend on the origin or the unit. Cells of one square of the curve keep the order of their rows.
+    depend on the origin or the unit. Cells of one square of the curve follow each other by x, then y, and at one place
+    by name: the order of the rows does not matter, unless there are no names.
 
     Parameters
     ----------
     coordinates
         `(n_cells, 2)`, any unit.
+    names
+        Of the cells, all different; cells at one place keep the order of their rows without them.
 
     Returns
     -------
@@ -40,7 +44,18 @@ def hilbert_order(coordinates: ArrayLike) -> NDArray[np.int64]:
         return np.zeros(0, dtype=np.int64)
     low, high = points.min(axis=0), points.max(axis=0)
     codes = _hilbert_codes(points, low[0], low[1], max(high - low))
-    return np.argsort(codes, kind="stable").astype(np.int64)
+    order = np.lexsort((points[:, 1], points[:, 0], codes)).astype(np.int64)
+    if names is not None:
+        _sort_places(order, points, names)
+    return order
+
+
+def _sort_places(order: NDArray[np.int64], points: NDArray[Any], names: Sequence[str]) -> None:
+    """Order cells at one place by name, in-place."""
+    same = (points[order[1:]] == points[order[:-1]]).all(axis=1)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
+    for first, last in edges.reshape(-1, 2):
+        order[first : last + 1] = sorted(order[first : last + 1].tolist(), key=lambda row: names[row])
 
 
 @njit(nogil=True, cache=True)

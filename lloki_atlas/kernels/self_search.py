@@ -130,8 +130,8 @@ def _meet(left: _Slab, right: _Slab, row_lists: Lists, column_lists: Lists, n_th
     (row, rows), (column, columns) = left, right
     same = row == column
     n_left, n_right = len(rows) - ROWS, len(columns) - ROWS
-    # few and large pieces of work, but enough of them for the threads to end together
-    size = BLOCK if max(n_left, n_right) < 32 * BLOCK else 4 * BLOCK
+    # large pieces of work, in which a block is packed once for many rows, but enough for the threads to end together
+    size = BLOCK * min(4, max(1, max(n_left, n_right) // (8 * BLOCK)))
     pairs = [(a, b) for b in range(0, n_right, size) for a in range(0, min(n_left, b + size) if same else n_left, size)]
     pairs.sort(key=lambda pair: pair[0] - pair[1])  # near ones, which are alike, are taken first: from the end
     lists = tuple(part for each in (row_lists, column_lists) for part in (each.start, each.stop, each.keys))

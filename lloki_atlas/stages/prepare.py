@@ -132,7 +132,7 @@ def prepare_slice(
     genes = map_symbols(source.symbols, organism=organism, gene_map=gene_map)
     checks.check_shared(genes.symbols, reference_symbols=reference_symbols, where=where, organism=organism)
 
-    order = hilbert_order(source.coordinates)
+    order = hilbert_order(source.coordinates, names=cells)
     coordinates = np.ascontiguousarray(source.coordinates[order] * scale, dtype=np.float32)
     obs, names = storable_obs(source.obs.iloc[order], reserved=(SOURCE_ROW,))
     obs[SOURCE_ROW] = source.rows[order]

@@ -73,3 +73,14 @@ def test_a_coordinate_that_is_not_finite_is_named_by_its_row(bad):
 def test_three_columns_are_refused():
     with pytest.raises(InputError, match="shape"):
         hilbert_order(np.zeros((4, 3)))
+
+
+def test_cells_at_one_place_are_ordered_by_name_whatever_their_rows():
+    draws = np.random.default_rng(2)
+    xy = draws.integers(0, 4, size=(60, 2)).astype(np.float32)
+    names = [f"cell{number:02d}" for number in draws.permutation(60)]
+    expected = [names[row] for row in hilbert_order(xy, names=names)]
+    for seed in range(5):
+        rows = np.random.default_rng(seed).permutation(60)
+        moved = [names[row] for row in rows]
+        assert [moved[row] for row in hilbert_order(xy[rows], names=moved)] == expected
