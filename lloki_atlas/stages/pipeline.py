@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lloki_atlas.config import to_dict
@@ -222,9 +221,9 @@ def _commit(catalog: Catalog, chosen: Keys, model: _Model | None, outcome: Outco
         record = catalog.slice(name)
         held = {stage: key for stage, key in keys.items() if is_complete(catalog.path(STAGE_KINDS[stage], key))}
         if "propagate" in held:
-            clean_up(catalog, catalog.path("graphs", held["propagate"]))
+            clean_up(catalog, held["propagate"])
         if "embed" in held:
-            clean_up(catalog, catalog.path("embeddings", held["embed"]))
+            clean_up(catalog, held["embed"])
         if {**record.objects, **held} != dict(record.objects):
             slices[name] = dataclasses.replace(record, objects={**record.objects, **held})
     models = {}
@@ -237,9 +236,10 @@ def _commit(catalog: Catalog, chosen: Keys, model: _Model | None, outcome: Outco
     return commit(catalog, Change(slices=slices, models=models), message=f"run: {len(slices)} slices")
 
 
-def clean_up(catalog: Catalog, final: Path) -> None:
-    """Remove what the steps towards an object handed on to each other in the staging area, once it is there."""
-    for left in catalog.path("staging", final.name).parent.glob(f"{final.name}.*"):
+def clean_up(catalog: Catalog, key: str) -> None:
+    """Remove what the steps towards a finished object handed on to each other in the staging area."""
+    staging = catalog.path("staging", key)
+    for left in staging.parent.glob(f"{staging.name}.*"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
