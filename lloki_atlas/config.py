@@ -30,7 +30,7 @@ class TileConfig:
     """
 
     tile_cells: int = 4096
-    slice_memory_mb: int = 2048
+    slice_memory_mb: int = 1024
     search_cells: int = 32768
 
     def __post_init__(self) -> None:

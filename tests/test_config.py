@@ -60,7 +60,22 @@ def test_a_section_that_is_left_out_has_its_defaults():
     ("section", "name", "value"),
     [
         ("tile", "tile_cells", 0),
+        ("tile", "slice_memory_mb", -1),
+        ("tile", "search_cells", 0),
+        ("propagation", "mode", "published"),
         ("propagation", "graph_space", "other"),
+        ("propagation", "search", "fast"),
+        ("propagation", "approximate_from", -1),
+        ("propagation", "bandwidth", "other"),
+        ("propagation", "sparsity_cdf", "lower"),
+        ("propagation", "sparsity_match", "other"),
+        ("propagation", "sparsity_genes", "some"),
+        ("propagation", "support", "drawn"),
+        ("propagation", "stopping", "never"),
+        ("propagation", "stopping", "absolute"),
+        ("propagation", "split", "tiles"),
+        ("propagation", "storage", "float64"),
+        ("propagation", "diffuse", "both"),
         ("propagation", "n_neighbors", 0),
         ("propagation", "n_components", 0),
         ("propagation", "max_iterations", 0),
@@ -103,7 +118,9 @@ def test_a_number_that_is_not_finite_is_refused(section, name, value):
 @pytest.mark.parametrize(
     ("section", "values"),
     [
-        ("tile", {"tile_cells": 1}),
+        ("tile", {"tile_cells": 1, "slice_memory_mb": 0, "search_cells": 1}),
+        ("propagation", {"support": "redrawn", "stopping": "absolute"}),
+        ("propagation", {"support": "largest", "stopping": "relative"}),
         ("propagation", {"alpha": 0.0, "n_neighbors": 1, "n_components": 1, "max_iterations": 1}),
         ("propagation", {"alpha": 1.0, "graph_space": "counts"}),
         ("embedder", {"n_factors": 512}),
@@ -122,6 +139,9 @@ def test_values_at_the_edge_of_their_range_are_taken(section, values):
         ("tile", "tile_cells", 64.0, "int"),
         ("tile", "tile_cells", True, "int"),
         ("propagation", "self_loops", 1, "bool"),
+        ("propagation", "mode", 1, "str"),
+        ("propagation", "bandwidth", 30.0, "str"),
+        ("propagation", "n_bandwidth_pairs", "many", "int"),
         ("propagation", "alpha", "half", "float"),
         ("propagation", "alpha", True, "float"),
         ("embedder", "name", 3, "str"),
@@ -210,14 +230,88 @@ def test_a_value_has_the_digest_of_its_plain_form(value, plain):
     assert digest({"part": value}) == digest({"part": plain})
 
 
-def test_every_field_of_the_settings_changes_their_digest():
-    changed = {"graph_space": "counts", "name": "other", "checkpoint": "x", "device": "cpu"}
-    for section, kind in KINDS.items():
-        for field in dataclasses.fields(kind):
-            now = getattr(kind(), field.name)
-            other = changed.get(field.name) or (not now if isinstance(now, bool) else now / 2 if now else 1)
-            other = other if not isinstance(now, int) or isinstance(now, bool) else now + 1
-            assert digest(dataclasses.replace(kind(), **{field.name: other})) != digest(kind()), (section, field.name)
+def another(name, value):
+    """Another value that the field takes."""
+    choices = {
+        "mode": "paper",
+        "graph_space": "counts",
+        "search": "approximate",
+        "bandwidth": "cross",
+        "sparsity_cdf": "upper",
+        "sparsity_match": "argsort",
+        "sparsity_genes": "all",
+        "support": "redrawn",
+        "stopping": "absolute",
+        "split": "stripes",
+        "storage": "float16",
+        "diffuse": "embedding",
+        "name": "other",
+        "checkpoint": "x",
+        "device": "cpu",
+    }
+    if name in choices:
+        return choices[name]
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else value / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, field.name) for kind in KINDS.values() for field in dataclasses.fields(kind)]
+)
+def test_every_field_of_the_settings_changes_their_digest(kind, name):
+    before = kind(support="largest") if name == "stopping" else kind()
+    assert digest(dataclasses.replace(before, **{name: another(name, getattr(before, name))})) != digest(before)
+
+
+MODES = {
+    "default": ("scaled", "pairs", 10_000, "midrank", "rank", "shared", "frozen", "relative", "none"),
+    "paper": ("counts", "pairs", 100, "upper", "rank", "shared", "frozen", "relative", "none"),
+    "reference": ("counts", "cross", 100, "linspace", "argsort", "all", "redrawn", "absolute", "stripes"),
+}
+DECIDED = (
+    "graph_space",
+    "bandwidth",
+    "n_bandwidth_pairs",
+    "sparsity_cdf",
+    "sparsity_match",
+    "sparsity_genes",
+    "support",
+    "stopping",
+    "split",
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_decides_what_is_not_given(mode):
+    config = AtlasConfig.from_dict({"propagation": {"mode": mode}}).propagation
+    assert tuple(getattr(config, name) for name in DECIDED) == MODES[mode]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [name for name in DECIDED if name not in ("support", "stopping")])
+def test_what_is_given_wins_over_the_mode(mode, name):
+    value = another(name, getattr(PropagationConfig(mode=mode), name))
+    config = PropagationConfig(mode=mode, **{name: value})
+    assert getattr(config, name) == value
+    for other in set(DECIDED) - {name}:
+        assert getattr(config, other) == getattr(PropagationConfig(mode=mode), other)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_settings_of_a_mode_survive_tables(mode):
+    config = AtlasConfig(propagation=PropagationConfig(mode=mode))
+    assert AtlasConfig.from_dict(json.loads(canonical_json(config))) == config
+
+
+def test_no_field_is_left_open_by_any_mode():
+    for mode in MODES:
+        assert None not in to_dict(PropagationConfig(mode=mode)).values()
+
+
+def test_an_absolute_stop_with_a_frozen_support_is_refused_with_advice():
+    with pytest.raises(InputError, match="support='redrawn' or 'largest' with 'absolute'"):
+        PropagationConfig(mode="reference", support="frozen")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

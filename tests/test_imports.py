@@ -15,7 +15,21 @@ import pytest
 import lloki_atlas
 
 HEAVY = ("torch", "numba", "spatialdata", "anndata", "dask", "distributed", "zarr", "pandas", "scipy")
-COMMANDS = ("", "build", "create", "demo", "ingest", "plan", "run", "simulate", "train", "status", "log", "verify")
+COMMANDS = (
+    "",
+    "build",
+    "create",
+    "demo",
+    "ingest",
+    "plan",
+    "run",
+    "simulate",
+    "train",
+    "status",
+    "sparsity",
+    "log",
+    "verify",
+)
 IMPORT = "import lloki_atlas; [lloki_atlas.__version__, dir(lloki_atlas)]"
 HELP = """
 import contextlib, io, sys

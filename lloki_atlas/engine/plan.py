@@ -143,7 +143,8 @@ class Plan:
             if task.projected_memory > memory_per_task:
                 raise MemoryBudgetError(
                     f"{task.name} is projected to need {_megabytes(task.projected_memory)}, a worker has "
-                    f"{_megabytes(memory_per_task)} a task: use workers with more memory, or smaller tiles"
+                    f"{_megabytes(memory_per_task)} a task: use workers with more memory, or make tile_cells, "
+                    "slice_memory_mb or search_cells smaller"
                 )
 
     def run(self, client: Any = None, *, progress: bool = True, n_workers: int | None = None) -> Any:
@@ -230,7 +231,7 @@ def run_task(task: Task, *dependencies: Any) -> str:
         return task.name
     try:
         _compute(task)
-    except LlokiAtlasError:
+    except (LlokiAtlasError, OSError):
         # another run may have finished, and cleaned up behind itself, meanwhile
         if not _is_done(task):
             raise

@@ -19,7 +19,8 @@ from lloki_atlas.kernels.products import LANES
 
 WIDTHS = (64, 32, 16)  # genes of a block
 _AHEAD = 8  # neighbours whose values are asked for before they are needed
-_NONE, _ALL = np.uint64(0), np.uint64(0xFFFFFFFFFFFFFFFF)
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_LEAST = 2.0**-24  # the smallest number of float16 above zero
 
 
 def _row_of(width: int, *, half: bool) -> Any:  # noqa: C901, PLR0915 - one straight run of instructions
@@ -97,8 +98,10 @@ def _row_of(width: int, *, half: bool) -> Any:  # noqa: C901, PLR0915 - one stra
         for part in parts:
             before, seen = load(values, i, part), marked(observed, part)
             after = builder.select(marked(kept, part), builder.load(sums[part]), zero)
-            if half:
-                after = builder.fpext(builder.fptrunc(after, stored), vector)
+            if half:  # what is not zero stays so
+                rounded = builder.fpext(builder.fptrunc(after, stored), vector)
+                lost = builder.and_(builder.fcmp_ordered(">", after, zero), builder.fcmp_ordered("==", rounded, zero))
+                after = builder.select(lost, ir.Constant(vector, [_LEAST] * LANES), rounded)
             unknown = builder.select(seen, zero, after)
             difference = builder.select(seen, zero, builder.fsub(after, before))
             after = builder.select(seen, before, after)

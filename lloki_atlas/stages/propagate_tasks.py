@@ -19,6 +19,7 @@ import numpy as np
 
 from lloki_atlas.config import PropagationConfig, to_dict
 from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.errors import NotFoundError
 from lloki_atlas.kernels.blocks import MemoryBlocks
 from lloki_atlas.kernels.candidates import unpack_keys
 from lloki_atlas.kernels.hashing import mix
@@ -219,6 +220,8 @@ def _rows_of(inputs: dict[str, str], config: PropagationConfig, rows: str) -> An
         panel, _, _ = _slice(inputs, config, in_memory=False)
         return neighbor_rows(panel, config)
     if not (Path(rows) / "rows").is_dir():
+        if not is_complete(rows):
+            raise NotFoundError(f"{rows} is not there: run the slice again")
         return None
     shape = (SliceStore(inputs["slice"]).n_cells, int(read_rows(rows, "rows", 0, 1).shape[1]))
     return Rows(shape, lambda start, stop: read_rows(rows, "rows", start, stop))
@@ -309,7 +312,7 @@ class _Steps:
 
         def searches(number: int, rows: str) -> Iterator[Task]:
             for own in range(len(ranges)):
-                path = f"{self._staging}.search{number}-{own}"
+                path = f"{self._staging}.search{number}-{own}-by-{size}"  # ranges may be others in another run
                 arguments = {"rows": rows, "ranges": ranges, "own": own}
                 output = Output(path, path + ".new", self._lineage)
                 yield self._task(f"search{number}-{own}", "compute_search", arguments, output, searched, n_cells=0)

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,3 +307,71 @@ def test_rows_that_are_not_what_their_marker_says_are_not_published(tmp_path):
     run_task(Task("tile 2", "embed", "support.tasks:ones", {"shape": [2, 2]}, replace(output, rows=2)))
     run_task(Task("publish", "embed", "", {}, output))
     assert (read_arrays(output.path)["x"] == 1).all()
+
+
+def losing_task(root, *, final="", until="", error=""):
+    """A task whose inputs are gone; `final` is what another run publishes before it notices."""
+    arguments = {"log": str(root / "log"), "name": "one", "final": final, "error": error}
+    return whole_task(root, "one", "lose_inputs", until=until, arguments=arguments)
+
+
+def test_a_task_is_superfluous_once_what_it_leads_to_is_there(tmp_path):
+    final = whole_task(tmp_path, "final")
+    run_task(final)
+    step = whole_task(tmp_path, "one", until=final.output.path)
+    assert run_task(step) == "one"
+    assert notes(tmp_path / "log") == ["final"]
+    assert not Path(step.output.path).exists()
+
+
+def test_a_task_runs_while_what_it_leads_to_is_unfinished(tmp_path):
+    final = whole_task(tmp_path, "final")
+    run_task(final)
+    Path(f"{final.output.path}.json").unlink()
+    run_task(whole_task(tmp_path, "one", until=final.output.path))
+    assert notes(tmp_path / "log") == ["final", "one"]
+
+
+def test_tiles_and_their_publication_are_superfluous_too(tmp_path):
+    final = whole_task(tmp_path, "final")
+    run_task(final)
+    for task in tile_tasks(tmp_path, "tiles"):
+        assert run_task(replace(task, until=final.output.path)) == task.name
+    assert notes(tmp_path / "log") == ["final"]
+    assert not (tmp_path / "staging" / "tiles").exists()
+
+
+def test_a_task_whose_inputs_went_after_completion_is_forgiven(tmp_path):
+    final = str(tmp_path / "objects" / "final.zarr")
+    assert run_task(losing_task(tmp_path, final=final, until=final)) == "one"
+    assert notes(tmp_path / "log") == ["one"]
+    assert not Path(tmp_path / "objects" / "one.zarr").exists()
+
+
+def test_a_task_that_fails_before_completion_is_not_forgiven(tmp_path):
+    with pytest.raises(NotFoundError, match="the inputs are gone"):
+        run_task(losing_task(tmp_path, until=str(tmp_path / "objects" / "final.zarr")))
+
+
+def test_a_task_that_leads_to_nothing_else_is_not_forgiven(tmp_path):
+    with pytest.raises(NotFoundError, match="the inputs are gone"):
+        run_task(losing_task(tmp_path, final=str(tmp_path / "objects" / "final.zarr")))
+
+
+def test_a_task_whose_own_output_was_published_by_another_run_is_forgiven(tmp_path):
+    own = str(tmp_path / "objects" / "one.zarr")
+    assert run_task(losing_task(tmp_path, final=own)) == "one"
+
+
+def test_a_defect_is_not_forgiven(tmp_path):
+    final = str(tmp_path / "objects" / "final.zarr")
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        run_task(losing_task(tmp_path, final=final, until=final, error="a defect"))
+
+
+def test_linking_goes_through_lists_of_what_a_task_reads(tmp_path):
+    parts = [whole_task(tmp_path, name) for name in ("one", "two", "three")]
+    paths = [part.output.path for part in parts]
+    reader = whole_task(tmp_path, "four")
+    reader = replace(reader, arguments={**reader.arguments, "parts": paths[:2], "more": {"deep": (paths[2],)}})
+    assert link([*parts, reader])[-1].requires == ("one", "two", "three")

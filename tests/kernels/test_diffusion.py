@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from parity import textbook
 
 from lloki_atlas.errors import InputError
+from lloki_atlas.kernels import diffusion
 from lloki_atlas.kernels.diffusion import diffuse
-from lloki_atlas.kernels.graph import build_graph
+from lloki_atlas.kernels.graph import Graph, build_graph
 from lloki_atlas.kernels.neighbors import Neighbors, nearest_neighbors
+from lloki_atlas.kernels.rows import Rows
 
 
 def make_slice(n=40, n_genes=15, seed=0):
@@ -115,3 +117,56 @@ def test_values_of_another_slice_are_refused():
     graph, counts = make_slice()
     with pytest.raises(InputError, match="one slice"):
         diffuse(graph, sp.csr_matrix(counts[:-1]), start=0, stop=5)
+
+
+SETTINGS = [
+    {},
+    {"alpha": 0.3},
+    {"alpha": 0.0},
+    {"keep_observed": True},
+    {"alpha": 0.6, "baseline": np.linspace(-1, 1, 15)},
+    {"alpha": 0.6, "keep_observed": True, "baseline": np.linspace(-1, 1, 15)},
+]
+
+
+@pytest.mark.parametrize("given_settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_values_that_are_read_in_pieces_give_the_same_bytes(given_settings, n_threads, monkeypatch):
+    monkeypatch.setattr(diffusion, "READ_ROWS", 7)
+    graph, counts = make_slice()
+    matrix, asked = sp.csr_matrix(counts), []
+
+    def read(start, stop):
+        asked.append(stop - start)
+        return matrix[start:stop]
+
+    for start, stop in ((0, 40), (3, 17), (39, 40), (8, 8)):
+        part = {"start": start, "stop": stop, **given_settings}
+        lazy = diffuse(graph, Rows(matrix.shape, read), n_threads=n_threads, **part)
+        assert lazy.tobytes() == run(graph, counts, **part).tobytes()
+        assert all(length <= max(7, stop - start) for length in asked)
+        asked.clear()
+
+
+@pytest.mark.parametrize("given_settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("n_threads", [2, 3, 8])
+def test_threads_change_no_byte(given_settings, n_threads):
+    graph, counts = make_slice(n=200)
+    one, more = (run(graph, counts, n_threads=threads, **given_settings) for threads in (1, n_threads))
+    assert one.tobytes() == more.tobytes()
+
+
+def test_a_graph_of_the_rows_asked_for_is_enough():
+    """What a tile reads: edges of its own rows, none of the others."""
+    graph, counts = make_slice()
+    first, last = graph.indptr[10], graph.indptr[25]
+    own = Graph(np.clip(graph.indptr, first, last) - first, graph.indices[first:last], graph.weights[first:last])
+    whole = run(graph, counts, start=10, stop=25)
+    assert run(own, counts, start=10, stop=25).tobytes() == whole.tobytes()
+
+
+def test_values_of_another_slice_are_refused_when_they_are_read_in_pieces():
+    graph, counts = make_slice()
+    rows = Rows((39, 15), lambda start, stop: sp.csr_matrix(counts)[start:stop])
+    with pytest.raises(InputError, match="one slice"):
+        diffuse(graph, rows, start=0, stop=5)

@@ -66,6 +66,59 @@ def test_largest_eigenvalue_of_the_normalised_graph_is_one():
     assert np.linalg.eigvalsh(dense(make_graph(60)).astype(np.float64)).max() == pytest.approx(1.0, abs=1e-5)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 50),
+    seed=st.integers(0, 999),
+    sigma=st.sampled_from([0.0, 1.0, 60.0, 1e4]),
+    n_places=st.integers(1, 40),
+    loops=st.booleans(),
+)
+def test_a_graph_is_symmetric_and_never_enlarges(n, k, seed, sigma, n_places, loops):
+    """Also with cells at one place, and with more neighbours asked for than there are cells."""
+    rng = np.random.default_rng(seed)
+    rows, places = rng.normal(size=(n, 3)).astype(np.float32), (rng.random((n_places, 2)) * 300).astype(np.float32)
+    xy = places[rng.integers(0, n_places, n)]
+    neighbors = nearest_neighbors(rows, n_neighbors=k)
+    matrix = dense(build_graph(neighbors, xy, bandwidth_um=sigma, self_loops=loops))
+    assert matrix.tobytes() == matrix.T.copy().tobytes()
+    assert (matrix >= 0).all()
+    assert np.abs(np.linalg.eigvalsh(matrix.astype(np.float64))).max() <= 1 + 1e-6
+    lists = [row[row >= 0].tolist() for row in neighbors.indices]
+    np.testing.assert_allclose(matrix, union_graph(lists, xy, sigma, self_loops=loops), atol=1e-6)
+
+
+def graph_bytes(graph):
+    return [part.tobytes() for part in (graph.indptr, graph.indices, graph.weights)]
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 5, 200])
+def test_threads_change_no_byte(n, n_threads):
+    assert graph_bytes(make_graph(n, n_threads=n_threads)) == graph_bytes(make_graph(n))
+
+
+def test_indices_alone_are_enough():
+    rows, xy = make_cells(60)
+    neighbors = nearest_neighbors(rows, n_neighbors=5)
+    whole = build_graph(neighbors, xy, bandwidth_um=100.0)
+    assert graph_bytes(build_graph(neighbors.indices, xy, bandwidth_um=100.0)) == graph_bytes(whole)
+
+
+def test_neighbours_in_any_order_and_named_twice_give_the_same_bytes():
+    rows, xy = make_cells(60)
+    indices = nearest_neighbors(rows, n_neighbors=5).indices
+    mixed = np.random.default_rng(1).permuted(np.hstack([indices, indices[:, :3]]), axis=1)
+    one, other = (build_graph(given, xy, bandwidth_um=100.0) for given in (indices, mixed))
+    assert graph_bytes(one) == graph_bytes(other)
+
+
+def test_no_cells_are_an_empty_graph():
+    graph = build_graph(np.zeros((0, 4), np.int32), np.zeros((0, 2)), bandwidth_um=1.0)
+    assert (graph.n_cells, graph.indices.size) == (0, 0)
+
+
 def test_one_way_neighbours_are_joined_both_ways():
     neighbors = Neighbors(np.array([[1], [2], [-1]], np.int32), np.array([[0.1], [0.1], [np.inf]], np.float32))
     matrix = dense(build_graph(neighbors, np.zeros((3, 2)), bandwidth_um=1.0, self_loops=False))

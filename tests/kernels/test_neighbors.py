@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
 from lloki_atlas.errors import InputError
-from lloki_atlas.kernels.neighbors import Neighbors, merge_neighbors, nearest_neighbors, nearest_rows
+from lloki_atlas.kernels.neighbors import Neighbors, merge_neighbors, nearest_neighbors, nearest_rows, re_rank
 
 
 def random_rows(n, d=7, seed=0):
@@ -255,3 +255,62 @@ def test_merging_searches_of_different_queries_is_refused():
         merge_neighbors(
             nearest_rows(rows, rows, n_neighbors=1), nearest_rows(rows[:2], rows, n_neighbors=1), n_neighbors=1
         )
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize(("n", "k"), [(2, 3), (40, 7), (300, 12)])
+def test_candidates_that_hold_the_neighbours_are_ranked_with_the_bits_of_the_search(n, k, n_threads):
+    rows, rng = random_rows(n, 21), np.random.default_rng(n)
+    exact = nearest_neighbors(rows, n_neighbors=k)
+    more = rng.integers(-1, n, (n, 30)).astype(np.int32)
+    candidates = rng.permuted(np.hstack([exact.indices, more]), axis=1)
+    assert same_bytes(re_rank(rows, candidates, n_neighbors=k, n_threads=n_threads), exact)
+
+
+@settings(deadline=None, max_examples=25)
+@given(n=st.integers(1, 60), k=st.integers(1, 10), m=st.integers(0, 25), seed=st.integers(0, 99))
+def test_ranked_candidates_are_the_nearest_of_them_each_once(n, k, m, seed):
+    rows = integer_rows(n, 5, seed)
+    candidates = np.random.default_rng(seed).integers(-1, n, (n, m)).astype(np.int32)
+    whole, found = nearest_neighbors(rows, n_neighbors=n), re_rank(rows, candidates, n_neighbors=k)
+    for i in range(n):
+        expected = [j for j in whole.indices[i] if j >= 0 and j in candidates[i]][:k]
+        assert found.indices[i, : len(expected)].tolist() == expected
+        assert (found.indices[i, len(expected) :] == -1).all()
+
+
+def test_a_candidate_named_twice_is_kept_once():
+    found = re_rank(np.ones((3, 2)), np.array([[1, 1, 1], [2, 0, 2], [-1, -1, -1]]), n_neighbors=3)
+    assert found.indices.tolist() == [[1, -1, -1], [0, 2, -1], [-1, -1, -1]]
+
+
+def test_a_row_among_its_own_candidates_is_passed_over():
+    found = re_rank(np.ones((2, 2)), np.array([[0, 1], [1, 1]]), n_neighbors=2)
+    assert found.indices.tolist() == [[1, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_candidates_without_direction_are_nobodys_neighbours(bad):
+    rows = np.ones((3, 2), np.float32)
+    rows[1] = bad
+    found = re_rank(rows, np.tile(np.arange(3), (3, 1)), n_neighbors=2)
+    assert found.indices.tolist() == [[2, -1], [-1, -1], [0, -1]]
+
+
+def test_candidates_at_a_right_angle_or_beyond_are_nobodys_neighbours():
+    rows = np.array([[1, 0], [0, 1], [-1, 0], [1, 1]], np.float32)
+    assert re_rank(rows, [[1, 2, 3]] * 4, n_neighbors=3).indices[0].tolist() == [3, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "k", "message"),
+    [
+        (np.full((3, 1), 3), 1, "outside 0 to 2"),
+        (np.zeros((2, 1), int), 1, "candidates"),
+        (np.zeros((3, 1)), 1, "integers"),
+        (np.zeros((3, 1), int), 0, "n_neighbors"),
+    ],
+)
+def test_candidates_that_do_not_fit_are_refused(candidates, k, message):
+    with pytest.raises(InputError, match=message):
+        re_rank(np.ones((3, 2)), candidates, n_neighbors=k)

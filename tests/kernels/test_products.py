@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lloki_atlas.kernels.products import BLOCK, COLUMNS, ROWS, pack, product_block
+from lloki_atlas.kernels.products import BLOCK, COLUMNS, ROWS, dot_eight, pack, product_block
 
 
 def random_rows(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -61,3 +61,14 @@ def test_rows_that_are_not_there_are_zero():
     lanes = panel.reshape(BLOCK // COLUMNS, 3, COLUMNS)
     assert (lanes[1:] == 0).all()
     assert (lanes[0, :, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("d", [0, 1, 15, 16, 255, 256, 257, 600])
+def test_eight_products_at_once_have_the_bits_of_a_block(d):
+    rows = random_rows(40, d)
+    whole = products(rows, rows)
+    others = np.array([39, 0, 7, 7, 21, 3, 38, 12])
+    for i in (0, 7, 39):
+        eight = np.full(8, np.nan, dtype=np.float32)
+        dot_eight(rows, i, others, eight)
+        assert eight.tobytes() == whole[i, others].tobytes()

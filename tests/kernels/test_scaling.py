@@ -11,6 +11,8 @@ from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from lloki_atlas.errors import InputError
+from lloki_atlas.kernels import scaling
+from lloki_atlas.kernels.rows import Rows
 from lloki_atlas.kernels.scaling import GeneMoments, gene_moments, scaled_components
 
 
@@ -179,3 +181,71 @@ def test_counts_that_are_not_counts_are_refused(bad):
 def test_anything_but_csr_is_refused(matrix):
     with pytest.raises(InputError, match="CSR"):
         scaled_components(matrix, n_components=1)
+
+
+@pytest.fixture(params=[1, 7, 60, 119, 120, 121])
+def piece(request, monkeypatch):
+    """Another number of rows of a partial sum."""
+    monkeypatch.setattr(scaling, "PIECE", request.param)
+    return request.param
+
+
+def lazy(counts, asked=None):
+    matrix = sp.csr_matrix(counts)
+
+    def read(start, stop):
+        if asked is not None:
+            asked.append((start, stop))
+        return matrix[start:stop]
+
+    return Rows(matrix.shape, read)
+
+
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_threads_change_no_byte_of_components_or_moments(piece, n_threads):
+    counts = make_counts()
+    for matrix in (sp.csr_matrix(counts), lazy(counts)):
+        one, more = (scaled_components(matrix, n_components=6, n_threads=threads) for threads in (1, n_threads))
+        assert one.tobytes() == more.tobytes()
+        one, more = (
+            gene_moments(matrix, counts.sum(axis=1), target_total=50.0, n_threads=threads) for threads in (1, n_threads)
+        )
+        assert (one.mean.tobytes(), one.sd.tobytes()) == (more.mean.tobytes(), more.sd.tobytes())
+
+
+def test_counts_that_are_read_when_sliced_give_the_same_bytes(piece):
+    counts, asked = make_counts(), []
+    whole = scaled_components(sp.csr_matrix(counts), n_components=6)
+    assert scaled_components(lazy(counts, asked), n_components=6).tobytes() == whole.tobytes()
+    assert set(asked) == {(start, min(start + piece, 120)) for start in range(0, 120, piece)}
+
+
+def test_pieces_of_any_size_give_the_components_of_the_textbook(piece):
+    counts = make_counts()
+    found = scaled_components(sp.csr_matrix(counts), n_components=6)
+    np.testing.assert_allclose(found, textbook.scaled_components(counts, 6), atol=1e-5)
+
+
+def test_pieces_of_any_size_give_the_moments_of_numpy(piece):
+    counts = make_counts()
+    moments = gene_moments(lazy(counts), counts.sum(axis=1), target_total=50.0)
+    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1).astype(np.float64)
+    logged = np.log1p(counts / totals * 50.0)
+    np.testing.assert_allclose(moments.mean, logged.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.sd, logged.std(axis=0), rtol=1e-9)
+
+
+def test_totals_that_are_given_are_not_read_again(piece):
+    counts, summed, given = make_counts(), [], []
+    one = scaled_components(lazy(counts, summed), n_components=3)
+    other = scaled_components(lazy(counts, given), n_components=3, totals=counts.sum(axis=1))
+    assert one.tobytes() == other.tobytes()
+    assert len(given) == len(summed) * 3 // 4
+
+
+def test_an_error_in_a_piece_is_raised_from_a_thread(monkeypatch):
+    monkeypatch.setattr(scaling, "PIECE", 10)
+    counts = make_counts()
+    counts[77, 2] = -1
+    with pytest.raises(InputError, match="negative"):
+        scaled_components(sp.csr_matrix(counts), n_components=3, n_threads=3)

@@ -14,6 +14,7 @@ from lloki_atlas.config import PropagationConfig
 from lloki_atlas.errors import InputError
 from lloki_atlas.stages.notebook import propagate_slice
 from lloki_atlas.stages.panels import slice_random_key
+from lloki_atlas.stages.reference import fit_reference
 
 SETTINGS = {"n_neighbors": 8, "n_components": 5, "max_iterations": 15, "n_bandwidth_pairs": 300, "alpha": 0.7}
 
@@ -228,3 +229,95 @@ def test_counts_and_coordinates_may_have_other_names(source, profile, result):
 def test_what_cannot_be_used_is_refused(source, profile, options, message):
     with pytest.raises(InputError, match=message):
         propagate_slice(source, profile, **options)
+
+
+def every_byte(table):
+    """Bytes of everything that a run has made."""
+    layers = [table.layers[name].toarray() for name in ("counts", "propagated")]
+    columns = [table.obs[name].to_numpy() for name in ("budget", "target_nonzeros", "achieved_nonzeros")]
+    return [part.tobytes() for part in (table.X, *layers, *columns, table.obsp["propagation_graph"].toarray())]
+
+
+MODES = [
+    {},
+    {"mode": "paper"},
+    {"mode": "reference"},
+    {"storage": "float16"},
+    {"support": "largest"},
+    {"graph_space": "counts", "keep_observed": True},
+]
+
+
+@pytest.mark.parametrize("setting", MODES, ids=str)
+def test_threads_change_no_byte(source, profile, setting):
+    one, two = (propagate_slice(source, profile, n_threads=n, **SETTINGS, **setting) for n in (1, 2))
+    assert every_byte(one) == every_byte(two)
+    assert one.uns["lloki_atlas"] == two.uns["lloki_atlas"]
+
+
+@pytest.fixture(scope="module")
+def denser(sources):
+    """The reference with more genes a cell, so that there is something to fill in."""
+    table = anndata.read_h5ad(sources / "reference.h5ad")
+    table.X = csr_matrix(table.X.toarray() + np.random.default_rng(0).poisson(0.5, table.shape).astype(np.float32))
+    return fit_reference(table, organism="mouse")
+
+
+@pytest.mark.parametrize("mode", ["default", "paper", "reference"])
+def test_every_mode_keeps_counts_and_budgets(source, denser, mode, counts):
+    made = propagate_slice(source, denser, mode=mode, n_neighbors=8, max_iterations=5)
+    propagated = made.layers["propagated"].toarray()
+    # dividing by the largest count and back, as the published code does, rounds
+    np.testing.assert_allclose(propagated[counts > 0], counts[counts > 0], rtol=1e-6)
+    filled = (propagated > 0).sum(axis=1) - (counts > 0).sum(axis=1)
+    assert (filled <= made.obs["budget"]).all()
+    assert filled.sum() > 0
+    np.testing.assert_array_equal(made.obs["achieved_nonzeros"], (propagated > 0).sum(axis=1))
+    assert np.isfinite(made.X).all()
+
+
+def test_a_mode_is_another_result(source, denser):
+    made = [
+        propagate_slice(source, denser, mode=mode, n_neighbors=8, max_iterations=5).X.tobytes()
+        for mode in ("default", "paper", "reference")
+    ]
+    assert len(set(made)) == 3
+
+
+def test_denoised_counts_may_be_cut_back_to_their_targets(source, denser):
+    capped, whole = (propagate_slice(source, denser, **SETTINGS, cap_final=cap) for cap in (True, False))
+    targets = capped.obs["target_nonzeros"].to_numpy()
+    assert ((capped.X != 0).sum(axis=1) <= targets).all()
+    assert ((whole.X != 0).sum(axis=1) > targets).any()
+    kept = capped.X != 0
+    np.testing.assert_array_equal(capped.X[kept], whole.X[kept])
+    lost = np.where(kept, 0, whole.X).max(axis=1)
+    least = np.where(kept, capped.X, np.inf).min(axis=1)
+    assert (lost <= least).all()
+    assert capped.layers["propagated"].toarray().tobytes() == whole.layers["propagated"].toarray().tobytes()
+
+
+@pytest.mark.parametrize("reference_of", ["sparser", "denser"])
+def test_a_report_says_what_sparsity_was_wanted_and_reached(source, profile, denser, counts, reference_of):
+    made = propagate_slice(source, denser if reference_of == "denser" else profile, **SETTINGS)
+    report = made.uns["lloki_atlas"]["sparsity"]
+    assert report["n_genes"] == made.n_vars
+    for name, nonzeros in (
+        ("own", (counts > 0).sum(axis=1)),
+        ("target", made.obs["target_nonzeros"]),
+        ("achieved", made.obs["achieved_nonzeros"]),
+    ):
+        assert report[name]["mean"] == pytest.approx(1 - np.mean(nonzeros) / made.n_vars)
+    assert report["cells_with_budget"] == pytest.approx((made.obs["budget"] > 0).mean())
+    assert report["target_correlation"] > 0.9
+
+
+def test_a_result_with_its_report_can_be_written_to_a_file(result, tmp_path):
+    result.write_h5ad(tmp_path / "made.h5ad")
+    read = anndata.read_h5ad(tmp_path / "made.h5ad")
+    assert read.uns["lloki_atlas"]["recall"] == 1.0
+    assert read.uns["lloki_atlas"]["sparsity"]["n_genes"] == result.n_vars
+
+
+def test_an_exact_search_has_a_recall_of_one(result):
+    assert result.uns["lloki_atlas"]["recall"] == 1.0

@@ -277,8 +277,18 @@ def test_training_with_labels_that_no_slice_has_is_refused(catalog, client):
         train_autoencoder(catalog, label_key="class", client=client, progress=False)
 
 
-def test_another_alpha_makes_propagation_and_what_follows_stale(catalog):
-    changed = with_settings(catalog, "propagation", alpha=0.5)
+DIFFUSION = [{"alpha": 0.5}, {"keep_observed": True}, {"cap_final": True}, {"diffuse": "embedding"}]
+
+
+@pytest.mark.parametrize("setting", DIFFUSION, ids=str)
+def test_another_diffusion_makes_the_embedding_and_what_follows_stale(catalog, setting):
+    changed = with_settings(catalog, "propagation", **setting)
+    stale = {**DONE, "embed": "stale", "integrate": "stale"}
+    assert statuses(changed) == dict.fromkeys(SLICES, stale)
+
+
+def test_another_graph_makes_propagation_and_what_follows_stale(catalog):
+    changed = with_settings(catalog, "propagation", n_neighbors=6)
     stale = {**DONE, "propagate": "stale", "embed": "stale", "integrate": "stale"}
     assert statuses(changed) == dict.fromkeys(SLICES, stale)
 
@@ -286,7 +296,7 @@ def test_another_alpha_makes_propagation_and_what_follows_stale(catalog):
 def test_a_run_renews_what_another_alpha_made_stale(catalog, client):
     before = all_bytes(catalog)
     changed = with_settings(catalog, "propagation", alpha=0.5)
-    assert set(stages(plan(changed))) == {"propagate", "embed", "train", "integrate"}
+    assert set(stages(plan(changed))) == {"embed", "train", "integrate"}
     done = run(changed, client=client, progress=False)
     assert statuses(done) == dict.fromkeys(SLICES, DONE)
     assert not any(value == before[key] for key, value in all_bytes(done).items())
@@ -304,8 +314,9 @@ def test_another_number_of_epochs_trains_and_encodes_and_does_nothing_else(catal
     assert set(stages(plan(with_settings(catalog, "autoencoder", n_epochs=1)))) == {"train", "integrate"}
 
 
-def test_another_tile_size_makes_nothing_stale(catalog):
-    assert plan(with_settings(catalog, "tile", tile_cells=7)).tasks == ()
+@pytest.mark.parametrize("setting", [{"tile_cells": 7}, {"slice_memory_mb": 0}, {"search_cells": 7}], ids=str)
+def test_another_cut_of_the_work_makes_nothing_stale(catalog, setting):
+    assert plan(with_settings(catalog, "tile", **setting)).tasks == ()
 
 
 def test_readers_of_an_earlier_version_see_what_they_saw(catalog):
@@ -329,7 +340,7 @@ def test_a_model_is_renewed_from_the_slices_that_are_left(catalog):
 
 def test_what_succeeded_beside_a_failure_is_committed(fresh, client, monkeypatch):
     def fail_for_one(original=embed.compute, **arguments):
-        if arguments["slice_path"].endswith(f"{fresh.slice('simmap_1').objects['ingest']}.zarr"):
+        if arguments["inputs"]["slice"].endswith(f"{fresh.slice('simmap_1').objects['ingest']}.zarr"):
             raise InputError("this tile cannot be embedded")
         return original(**arguments)
 

@@ -13,11 +13,11 @@ from support.atlases import CONFIG, N_CELLS, copied
 from lloki_atlas.config import PropagationConfig
 from lloki_atlas.engine.plan import run_task
 from lloki_atlas.kernels.transport import sparsity_histogram
-from lloki_atlas.stages import propagate, reference, tile
+from lloki_atlas.stages import propagate, propagate_tasks, reference, tile
 from lloki_atlas.stages.lineage import expected_objects
 from lloki_atlas.stages.panels import select_panel
+from lloki_atlas.stages.spaces import neighbor_rows
 from lloki_atlas.store.arrays import read_arrays
-from lloki_atlas.store.catalog import open_catalog
 
 N_GENES = 12
 SYMBOLS = tuple(f"G{gene:02d}" for gene in range(N_GENES))
@@ -37,9 +37,13 @@ def slice_of(n_cells=50, *, seed=0):
     return dense, xy
 
 
-def run(dense, xy, *, settings=SETTINGS, filled=6, key=9):
+def panel_of(dense):
+    return select_panel(csr_matrix(dense), SYMBOLS, ["exact"] * N_GENES, SHARED)
+
+
+def run(dense, xy, *, settings=SETTINGS, filled=6, key=9, **options):
     """LLOKI-FP towards a reference in which every cell has `filled` of the six shared genes."""
-    panel = select_panel(csr_matrix(dense), SYMBOLS, ["exact"] * N_GENES, SHARED)
+    panel = panel_of(dense)
     nonzeros = np.diff(panel.shared_counts.indptr)
     return propagate.run_slice(
         panel,
@@ -49,7 +53,13 @@ def run(dense, xy, *, settings=SETTINGS, filled=6, key=9):
         bandwidth_um=SIGMA,
         settings=settings,
         key=key,
+        **options,
     )
+
+
+def first_graph(dense, xy, *, settings=SETTINGS):
+    rows = neighbor_rows(panel_of(dense), settings)
+    return propagate.slice_graph(rows, xy, bandwidth_um=SIGMA, settings=settings, key=9)[0]
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +77,33 @@ def test_observed_counts_are_never_changed(case):
 def test_the_budget_is_what_is_missing_to_the_target(case):
     dense, _, result = case
     own = (dense[:, ::2] > 0).sum(axis=1)
-    np.testing.assert_array_equal(result.budget, np.maximum(result.target_nonzeros - own, 0))
+    np.testing.assert_array_equal(result.filled.budget, np.maximum(result.filled.target_nonzeros - own, 0))
 
 
 def test_no_cell_is_filled_beyond_its_budget(case):
     dense, _, result = case
     filled = (result.values > 0).sum(axis=1) - (dense[:, ::2] > 0).sum(axis=1)
-    assert (filled <= result.budget).all()
+    assert (filled <= result.filled.budget).all()
     assert filled.any()
+
+
+def test_achieved_nonzeros_are_counted_in_the_values(case):
+    result = case[2]
+    np.testing.assert_array_equal(result.filled.achieved_nonzeros, (result.values != 0).sum(axis=1))
+
+
+def test_an_exact_search_has_found_everything(case):
+    assert case[2].recall == (1.0, 1.0)
+
+
+def test_both_graphs_have_the_bandwidth_of_the_slice(case):
+    assert case[2].bandwidth_um == (SIGMA, SIGMA)
+
+
+def test_the_published_bandwidth_is_drawn_anew_for_each_graph(case):
+    dense, xy, _ = case
+    first, second = run(dense, xy, settings=dataclasses.replace(SETTINGS, bandwidth="cross")).bandwidth_um
+    assert len({first, second, SIGMA}) == 3
 
 
 def test_the_second_graph_is_that_of_the_propagated_values(case):
@@ -88,27 +117,36 @@ def test_the_second_graph_is_that_of_the_propagated_values(case):
 
 
 def test_the_first_graph_is_that_of_all_counts_of_the_panel(case):
-    dense, xy, result = case
+    dense, xy, _ = case
     space = textbook.scaled_components(dense, SETTINGS.n_components)
     lists = textbook.nearest(textbook.cosine_similarity(space), SETTINGS.n_neighbors)
-    np.testing.assert_allclose(dense_graph(result.first_graph), textbook.union_graph(lists, xy, SIGMA), atol=1e-5)
+    expected = textbook.union_graph(lists, xy, SIGMA)
+    np.testing.assert_allclose(dense_graph(first_graph(dense, xy)), expected, atol=1e-5)
 
 
 def test_in_the_published_space_neighbours_are_those_of_shared_counts():
     dense, xy = slice_of(seed=1)
-    result = run(dense, xy, settings=dataclasses.replace(SETTINGS, graph_space="counts"))
-    lists = textbook.nearest(textbook.cosine_similarity(dense[:, ::2]), SETTINGS.n_neighbors)
-    np.testing.assert_allclose(dense_graph(result.first_graph), textbook.union_graph(lists, xy, SIGMA), atol=1e-5)
+    settings = dataclasses.replace(SETTINGS, graph_space="counts")
+    result = run(dense, xy, settings=settings)
+    for values, graph in ((dense[:, ::2], first_graph(dense, xy, settings=settings)), (result.values, result.graph)):
+        lists = textbook.nearest(textbook.cosine_similarity(values), SETTINGS.n_neighbors)
+        np.testing.assert_allclose(dense_graph(graph), textbook.union_graph(lists, xy, SIGMA), atol=1e-5)
 
 
 def dense_graph(graph):
     return csr_matrix((graph.weights, graph.indices, graph.indptr), shape=(graph.n_cells,) * 2).toarray()
 
 
-def test_with_nothing_to_fill_in_the_second_graph_is_the_first():
-    result = run(*slice_of(), filled=0)
-    assert result.graph is result.first_graph
-    assert not result.budget.any()
+def graph_bytes(graph):
+    return [part.tobytes() for part in (graph.indptr, graph.indices, graph.weights)]
+
+
+@pytest.mark.parametrize("space", ["scaled", "counts"])
+def test_with_nothing_to_fill_in_the_second_graph_is_the_first(space):
+    settings = dataclasses.replace(SETTINGS, graph_space=space)
+    result = run(*slice_of(), settings=settings, filled=0)
+    assert graph_bytes(result.graph) == graph_bytes(first_graph(*slice_of(), settings=settings))
+    assert not result.filled.budget.any()
 
 
 def test_with_nothing_to_fill_in_values_are_the_counts():
@@ -137,13 +175,13 @@ def test_corner_cases_end_with_finite_values(dense, space):
 
 def test_iterations_end_at_their_limit():
     result = run(*slice_of(), settings=dataclasses.replace(SETTINGS, max_iterations=2, tolerance=1e-9))
-    assert result.n_iterations == 2
+    assert result.filled.n_iterations == 2
 
 
 def test_iterations_end_when_values_no_longer_change():
     result = run(*slice_of(), settings=dataclasses.replace(SETTINGS, max_iterations=500, tolerance=1e-2))
-    assert result.n_iterations < 500
-    assert result.relative_change < 1e-2
+    assert result.filled.n_iterations < 500
+    assert result.filled.relative_change < 1e-2
 
 
 def test_another_seed_keeps_other_genes():
@@ -168,8 +206,8 @@ def planned(ingested, tmp_path_factory):
     keys = expected_objects(catalog, record)
     for task in (*tile.plan_stage(catalog, record, keys), *reference.plan_stage(catalog, record, keys)):
         run_task(task)
-    (task,) = propagate.plan_stage(catalog, record, keys)
-    return task, propagate.compute(**task.arguments)
+    (task,) = propagate_tasks.plan_stage(catalog, record, keys)
+    return task, propagate_tasks.compute(**task.arguments)
 
 
 def test_a_slice_is_one_task_of_all_its_cells(planned):
@@ -179,7 +217,7 @@ def test_a_slice_is_one_task_of_all_its_cells(planned):
 
 def test_a_task_reports_cells_that_stay_within_their_targets(planned):
     task, made = planned
-    own = read_arrays(task.arguments["statistics_path"], ["nonzeros"])["nonzeros"]
+    own = read_arrays(task.arguments["inputs"]["statistics"], ["nonzeros"])["nonzeros"]
     assert (made["achieved_nonzeros"] >= own).all()
     assert (made["achieved_nonzeros"] <= np.maximum(made["target_nonzeros"], own)).all()
     assert 1 <= made["n_iterations"][0] <= CONFIG.propagation.max_iterations
@@ -189,16 +227,6 @@ def test_a_task_writes_the_second_graph_of_every_cell(planned):
     task, made = planned
     run_task(task)
     stored = read_arrays(task.output.path)
-    assert set(stored) == set(propagate.DIMS)
+    assert set(stored) == set(propagate_tasks.DIMS)
     assert len(stored["indptr"]) == N_CELLS + 1
-    assert all(stored[name].tobytes() == made[name].tobytes() for name in propagate.DIMS)
-
-
-def test_projected_memory_grows_with_the_number_of_neighbours(planned, ingested):
-    catalog = open_catalog(ingested)
-    record = catalog.slice("simmap_1")
-    path = planned[0].arguments["slice_path"]
-    sizes = [
-        propagate._projected_memory(propagate.SliceStore(path), PropagationConfig(n_neighbors=k)) for k in (10, 40)
-    ]
-    assert sizes[1] - sizes[0] == record.n_cells * 2 * 60 * 16
+    assert all(stored[name].tobytes() == made[name].tobytes() for name in propagate_tasks.DIMS)

@@ -181,6 +181,11 @@ def test_the_histogram_of_a_panel_counts_its_genes_in_every_reference_cell(panel
     np.testing.assert_array_equal(panel["histogram"], [(nonzeros == n).sum() for n in range(4)])
 
 
+def test_the_histogram_of_the_reference_counts_all_of_its_genes(panel, kept):
+    nonzeros = (kept[:, :6] > 0).sum(axis=1)
+    np.testing.assert_array_equal(panel["histogram_all"], [(nonzeros == n).sum() for n in range(7)])
+
+
 def test_a_panel_keeps_its_symbols_in_order(panel):
     assert tuple(panel["symbols"]) == PANEL
 
@@ -222,6 +227,6 @@ def test_a_stored_panel_is_the_computed_one(planned, tmp_path):
     (task,) = reference.plan_stage(catalog, *planned[1:])
     run_task(task)
     stored, computed = read_arrays(task.output.path), reference.compute(**task.arguments)
-    assert set(stored) == {"symbols", "histogram", "weights"}
+    assert set(stored) == {"symbols", "histogram", "histogram_all", "weights"}
     assert stored["weights"].tobytes() == computed["weights"].tobytes()
     assert tuple(stored["symbols"]) == tuple(computed["symbols"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lloki_atlas.engine.plan import Outcome, Output, Plan, Task
-from lloki_atlas.errors import InputError
+from lloki_atlas.errors import InputError, NotFoundError
 from lloki_atlas.store.arrays import ArraySpec
 
 N_ROWS = 10
@@ -46,6 +46,17 @@ def break_down(log: str, name: str) -> dict[str, np.ndarray]:
     """Fail with an error that the package does not know."""
     note(log, name)
     raise ZeroDivisionError("a defect")
+
+
+def lose_inputs(log: str, name: str, final: str = "", error: str = "") -> dict[str, np.ndarray]:
+    """Fail as a task does whose inputs were removed because somebody else had published `final` meanwhile."""
+    note(log, name)
+    if final:
+        Path(final).mkdir(parents=True)
+        Path(f"{final}.json").write_text("{}")
+    if error:
+        raise ZeroDivisionError(error)
+    raise NotFoundError("the inputs are gone")
 
 
 def lose_workers(log: str, name: str) -> dict[str, np.ndarray]:
