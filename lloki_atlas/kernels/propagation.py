@@ -75,9 +75,11 @@ class PropagatedRows:
 
     def count_nonzeros(self) -> NDArray[np.int32]:
         """Return the number of non-zero genes of each cell, `(n_cells,)`."""
-        counted = np.empty(self.shape[0], dtype=np.int32)
+        counted = np.zeros(self.shape[0], dtype=np.int32)
         for start in range(0, self.shape[0], ROWS):
-            counted[start : start + ROWS] = np.count_nonzero(self[start : start + ROWS], axis=1)
+            stop = min(start + ROWS, self.shape[0])
+            for block in range(-(-self.shape[1] // self._width)):  # padding is zero
+                counted[start:stop] += np.count_nonzero(self._blocks.read_rows(block, start, stop), axis=1)
         return counted
 
 
@@ -261,7 +263,9 @@ def _fill(counts: Any, blocks: BlockStore, n_blocks: int, width: int, scale: NDA
         dense = _dense(part, n_blocks * width)
         if scale is not None:
             dense[:, : len(scale)] /= scale
-            dense = dense.astype(np.float16).view(np.uint16)
+            rounded = dense.astype(np.float16).view(np.uint16)
+            rounded[(dense > 0) & (rounded == 0)] = 1  # the smallest number above zero: what is observed stays so
+            dense = rounded
         for block in range(n_blocks):
             blocks.write_rows(block, start, dense[:, block * width : (block + 1) * width])
 

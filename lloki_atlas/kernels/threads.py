@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,5 +28,10 @@ def over_rows(n: int, n_threads: int, work: Callable[[int, int], T], *, chunk: i
     ranges = [(start, min(start + share, n)) for start in range(0, n, share)]
     if len(ranges) <= 1:
         return [work(start, stop) for start, stop in ranges]
-    with ThreadPoolExecutor(len(ranges)) as pool:
-        return list(pool.map(lambda part: work(*part), ranges))
+    return list(_pool(n_threads).map(lambda part: work(*part), ranges))
+
+
+@cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    # kept: an iteration over blocks would else start its threads hundreds of times; `work` never waits for another
+    return ThreadPoolExecutor(n_threads, thread_name_prefix="lloki-atlas")

@@ -57,6 +57,12 @@ class PanelCounts:
         return self._cut(self.counts)
 
     def _cut(self, counts: csr_matrix) -> csr_matrix:
+        if (
+            np.array_equal(self.shared, np.arange(counts.shape[1]))
+            and counts.has_canonical_format
+            and counts.data.all()
+        ):
+            return counts  # every gene is shared, in order
         shared = csr_matrix(counts[:, self.shared])
         shared.eliminate_zeros()
         shared.sort_indices()

@@ -10,7 +10,7 @@ from scipy.sparse import csr_matrix
 from lloki_atlas.config import PropagationConfig
 from lloki_atlas.kernels.rows import Rows, dense_rows
 from lloki_atlas.kernels.scaling import scaled_components
-from lloki_atlas.stages.panels import PanelCounts
+from lloki_atlas.stages.panels import READ_ROWS, PanelCounts
 
 
 def neighbor_rows(
@@ -35,8 +35,26 @@ def neighbor_rows(
     """
     if settings.graph_space == "counts":
         return dense_rows(panel.shared_counts) if propagated is None else propagated
-    counts = panel.counts if propagated is None else _merged(panel, propagated)
-    return scaled_components(counts, n_components=settings.n_components, n_threads=n_threads)
+    if propagated is None:
+        return scaled_components(panel.counts, n_components=settings.n_components, n_threads=n_threads)
+    merged = _merged(panel, propagated)
+    totals = _library_sizes(merged, panel.row_sums()[0])
+    return scaled_components(merged, n_components=settings.n_components, totals=totals, n_threads=n_threads)
+
+
+def _library_sizes(merged: Rows, observed: np.ndarray) -> np.ndarray:
+    """Row sums (n_cells,) float64, none below the smallest library that was observed.
+
+    What reaches a cell without counts may add up to a hundredth of a count: scaled up like a library, such cells would
+    stretch every gene's spread.
+    """
+    n = merged.shape[0]
+    sums = np.empty(n)
+    for start in range(0, n, READ_ROWS):
+        part = merged[start : min(start + READ_ROWS, n)]
+        sums[start : start + READ_ROWS] = np.asarray(part.sum(axis=1, dtype=np.float64)).ravel()
+    filled = observed[observed > 0]
+    return np.maximum(sums, float(filled.min())) if len(filled) else sums
 
 
 def _merged(panel: PanelCounts, propagated: Any) -> Rows:

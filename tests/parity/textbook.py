@@ -109,10 +109,12 @@ def diffuse(A: np.ndarray, V: np.ndarray, *, alpha: float = 1.0) -> np.ndarray:
     return alpha * (A @ V.astype(np.float64)) + (1 - alpha) * V
 
 
-def scaled_components(X: np.ndarray, k: int, *, target_total: float = 100.0, clip: float = 5.0) -> np.ndarray:
+def scaled_components(
+    X: np.ndarray, k: int, *, target_total: float = 100.0, clip: float = 5.0, smallest_total: float = 0.0
+) -> np.ndarray:
     """Principal components of clipped z-scores of log counts by a full SVD, largest loading positive."""
     X = X.astype(np.float64)
-    totals = X.sum(axis=1, keepdims=True)
+    totals = np.maximum(X.sum(axis=1, keepdims=True), smallest_total)
     logged = np.log1p(np.divide(X * target_total, totals, out=np.zeros_like(X), where=totals > 0))
     z = np.clip((logged - logged.mean(axis=0)) / (logged.std(axis=0) + 0.001), -clip, clip)
     centered = z - z.mean(axis=0)

@@ -59,7 +59,16 @@ def test_after_propagation_shared_genes_are_the_propagated_ones_and_others_stay(
     rows = neighbor_rows(panel, SCALED, propagated=PROPAGATED)
     merged = DENSE.copy()
     merged[:, COLUMNS] = PROPAGATED
-    np.testing.assert_allclose(rows, textbook.scaled_components(merged, 4), atol=1e-5)
+    smallest = DENSE.sum(axis=1)[DENSE.any(axis=1)].min()
+    np.testing.assert_allclose(rows, textbook.scaled_components(merged, 4, smallest_total=smallest), atol=1e-5)
+
+
+def test_an_empty_cell_that_next_to_nothing_reached_hardly_moves_the_others(panel):
+    traces = DENSE[:, COLUMNS].copy()
+    traces[4] = [1e-4, 0, 0, 2e-4]
+    with_traces = neighbor_rows(panel, SCALED, propagated=traces)
+    without = neighbor_rows(panel, SCALED, propagated=DENSE[:, COLUMNS])
+    np.testing.assert_allclose(with_traces, without, atol=0.05)
 
 
 def test_after_propagation_the_published_space_is_that_of_the_propagated_values(panel):
