@@ -97,6 +97,7 @@ class PropagationConfig:
 
     `mode` decides every field that is not given: `default` is correct and deterministic, `paper` the equations as
     printed, `reference` the behaviour of the published code with random parts drawn from the same distribution.
+    (A changed mode needs new settings: `dataclasses.replace` keeps the fields that the old mode decided.)
 
     Neighbours: `graph_space` is where they are searched: `scaled` is the first `n_components` principal components of
     z-scored log counts over every gene of the panel; `counts` is the counts over the genes shared with the reference,

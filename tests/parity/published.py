@@ -1,4 +1,4 @@
-"""Feature propagation with the published code's choices, put together from the engine's kernels."""
+"""LLOKI-FP in `reference` mode on plain arrays, to be laid beside the published code."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from lloki_atlas.kernels.bandwidth import cross_bandwidth
+from lloki_atlas.config import PropagationConfig
 from lloki_atlas.kernels.diffusion import diffuse
 from lloki_atlas.kernels.graph import Graph, build_graph
-from lloki_atlas.kernels.hashing import mix
 from lloki_atlas.kernels.neighbors import nearest_neighbors
-from lloki_atlas.kernels.propagation import Propagated
-from lloki_atlas.kernels.row_propagation import propagate_rows
-from lloki_atlas.kernels.transport import assigned_targets
+from lloki_atlas.kernels.transport import sparsity_histogram
+from lloki_atlas.stages.panels import select_panel
+from lloki_atlas.stages.propagate import run_slice
 
 
-class Assembly(NamedTuple):
-    """What the two graphs, the budgets and the denoised rows of one slice came out as."""
+class Run(NamedTuple):
+    """What the budgets, the second graph and the denoised rows of one slice came out as."""
 
     budget: np.ndarray
-    first: Graph
-    propagated: Propagated
+    n_iterations: int
     second: Graph
     denoised: np.ndarray
 
@@ -34,43 +32,25 @@ def max_scaled(values: sp.csr_matrix) -> sp.csr_matrix:
     return scaled
 
 
-def published_budget(values: sp.csr_matrix, reference_nonzeros: np.ndarray, n_reference_genes: int) -> np.ndarray:
-    """(n_cells,) int32, the reference counted over all of its genes."""
-    nonzeros = np.diff(values.indptr)
-    sizes = {"n_genes": values.shape[1], "n_reference_genes": n_reference_genes}
-    targets = assigned_targets(nonzeros, reference_nonzeros, **sizes, cdf="linspace", match="argsort")
-    return np.maximum(targets - nonzeros, 0).astype(np.int32)
-
-
 def expression_graph(rows: np.ndarray, xy: np.ndarray, *, bandwidth_um: float, n_neighbors: int = 40) -> Graph:
     """The graph on the cosine neighbours of dense rows."""
     return build_graph(nearest_neighbors(rows, n_neighbors=n_neighbors), xy, bandwidth_um=bandwidth_um)
 
 
-def propagate_as_published(
-    values: sp.csr_matrix,
-    xy: np.ndarray,
-    budget: np.ndarray,
-    *,
-    key: int,
-    n_neighbors: int = 40,
-    max_iterations: int = 40,
-    n_threads: int = 1,
-) -> Assembly:
-    """First graph, propagation of a support redrawn at every iteration, second graph, diffusion; σ anew per graph."""
-    scaled = max_scaled(values)
-    sigmas = [cross_bandwidth(xy, key=mix(key, part)) for part in (0, 1)]
-    first = expression_graph(scaled.toarray(), xy, bandwidth_um=sigmas[0], n_neighbors=n_neighbors)
-    propagated = propagate_rows(
-        first,
-        scaled,
-        budget,
-        key=mix(key, 2),
-        support="redrawn",
-        stopping="absolute",
-        max_iterations=max_iterations,
-        n_threads=n_threads,
+def run_reference_mode(values: sp.csr_matrix, xy: np.ndarray, reference: np.ndarray, *, key: int) -> Run:
+    """Run a slice whose genes are the first ones of the reference (cells, genes)."""
+    n_genes = values.shape[1]
+    genes = [f"gene{gene:04d}" for gene in range(n_genes)]
+    panel = select_panel(values.astype(np.float32), genes, ["exact"] * n_genes, tuple(genes))
+    found = run_slice(
+        panel,
+        xy,
+        own_histogram=sparsity_histogram(np.diff(values.indptr), n_genes),
+        reference_histogram=sparsity_histogram((reference[:, :n_genes] != 0).sum(axis=1), n_genes),
+        reference_histogram_all=sparsity_histogram((reference != 0).sum(axis=1), reference.shape[1]),
+        bandwidth_um=np.nan,  # drawn anew for each graph
+        settings=PropagationConfig(mode="reference"),
+        key=key,
     )
-    second = expression_graph(propagated.values, xy, bandwidth_um=sigmas[1], n_neighbors=n_neighbors)
-    denoised = diffuse(second, scaled, start=0, stop=second.n_cells, alpha=1.0)
-    return Assembly(budget, first, propagated, second, denoised)
+    denoised = diffuse(found.graph, max_scaled(values), start=0, stop=found.graph.n_cells, alpha=1.0)
+    return Run(found.filled.budget, found.filled.n_iterations, found.graph, denoised)
