@@ -5,7 +5,7 @@ from __future__ import annotations
 from lloki_atlas.config import PropagationConfig
 from lloki_atlas.kernels import scaling, self_search
 from lloki_atlas.kernels.propagation import projected_bytes
-from lloki_atlas.stages.panels import ENTRY_BYTES, READ_ROWS
+from lloki_atlas.stages.panels import ENTRY_BYTES, read_entries
 from lloki_atlas.stages.search import is_approximate
 
 KEY_BYTES = 8  # of a neighbour in the list of a row
@@ -57,7 +57,7 @@ def slice_memory(
         Threads of the step.
     """
     k = settings.n_neighbors
-    counts = n_counts * ENTRY_BYTES if in_memory else min(n_counts, READ_ROWS * n_genes) * ENTRY_BYTES
+    counts = ENTRY_BYTES * (n_counts if in_memory else read_entries(n_cells, n_genes, n_counts))
     values = projected_bytes(n_cells, n_genes, storage=settings.storage, in_memory=in_memory)
     held = values if in_memory else 0
     edges = n_cells * (2 * k + 1) * 8

@@ -144,5 +144,11 @@ def task_memory(store: SliceStore, *, dense_cells: int = 0, matrices: int = 1) -
 
 def streamed_memory(store: SliceStore) -> int:
     """Projected bytes of a pass over a slice: READ_ROWS of its counts and what is made of them, and numbers a cell."""
-    entries = min(store.n_counts, READ_ROWS * store.n_genes)
+    entries = read_entries(store.n_cells, store.n_genes, store.n_counts)
     return entries * ENTRY_BYTES + store.n_cells * CELL_BYTES + 64 * 2**20
+
+
+def read_entries(n_cells: int, n_genes: int, n_counts: int) -> int:
+    """Counts in memory when READ_ROWS cells are read at a time: twice the average, for depth varies over a slice."""
+    rows = min(n_cells, READ_ROWS)
+    return min(n_counts, rows * n_genes, 2 * n_counts * rows // max(n_cells, 1))

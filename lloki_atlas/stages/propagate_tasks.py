@@ -28,7 +28,13 @@ from lloki_atlas.kernels.rows import Rows
 from lloki_atlas.kernels.self_search import Lists, merge_keys, search_between, search_within
 from lloki_atlas.stages import memory
 from lloki_atlas.stages.lineage import atlas_config
-from lloki_atlas.stages.panels import PanelCounts, panel_counts, reference_symbols, slice_random_key
+from lloki_atlas.stages.panels import (
+    PanelCounts,
+    panel_counts,
+    reference_symbols,
+    slice_random_key,
+    streamed_memory,
+)
 from lloki_atlas.stages.propagate import FIRST, SECOND, Filled, Sparsities, fill, joined_graph, run_slice
 from lloki_atlas.stages.ranges import partners, search_ranges
 from lloki_atlas.stages.search import is_approximate
@@ -303,7 +309,7 @@ class _Steps:
         width = config.n_components if scaled else genes
         size = max(stop - start for start, stop in ranges)
         space, filled = f"{self._staging}.space", f"{self._staging}.filled"
-        counts = memory.slice_memory(0, genes, self._store.n_counts, config, in_memory=False)
+        counts = streamed_memory(self._store) + memory.slice_memory(0, genes, 0, config, in_memory=False)
         if scaled:
             needed = memory.space_memory(n, genes, config) + counts
             yield self._task("space", "compute_space", {}, Output(space, space + ".new", self._lineage), needed)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from support.atlases import TECHNOLOGIES, add_slice, copied
 
-from lloki_atlas.config import AtlasConfig
+from lloki_atlas.config import AtlasConfig, TileConfig
 from lloki_atlas.engine.plan import run_task
 from lloki_atlas.simulation import simulate
 from lloki_atlas.stages.create import create_catalog
 from lloki_atlas.stages.pipeline import plan
 
+AS_ONE_TASK = AtlasConfig(tile=TileConfig(search_cells=1_000_000))
 STAGES = ("tile", "reference", "propagate", "embed")
 # runs every task once on a tiny slice, so that code is loaded, then on the large one; peaks are the kernel's own
 MEASURE = """
@@ -75,7 +76,7 @@ def measured(request, tmp_path_factory, ingested, profile):
     folder = tmp_path_factory.mktemp("memory")
     n_slices = list(TECHNOLOGIES).index(slice_id) + 1
     simulate(folder / "sources", n_cells=n_cells * n_slices, n_slices=n_slices)
-    catalog = create_catalog(folder / "atlas", reference=profile, config=AtlasConfig())
+    catalog = create_catalog(folder / "atlas", reference=profile, config=AS_ONE_TASK)
     large = first_of_each_stage(add_slice(catalog, folder / "sources", slice_id))
     tiny = first_of_each_stage(copied(ingested, folder / "tiny"))
     done = subprocess.run(
@@ -96,7 +97,7 @@ def test_a_task_takes_no_more_memory_than_projected(measured, stage):
     assert growth <= projected
 
 
-@pytest.mark.parametrize("stage", ["propagate", "embed"])
+@pytest.mark.parametrize("stage", ["propagate"])  # what comes later grows into memory that this one gave back
 def test_a_projection_is_not_so_large_that_it_says_nothing(measured, stage):
     growth, projected = measured[stage]
     assert projected <= 8 * growth + 64 * 2**20

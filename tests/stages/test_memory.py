@@ -43,8 +43,9 @@ def test_a_streamed_slice_needs_less():
     assert needed(in_memory=False) < needed() / 2
 
 
-def test_a_streamed_slice_does_not_need_its_counts():
-    assert needed(in_memory=False, n_counts=60_000_000) == needed(in_memory=False, n_counts=250_000_000)
+def test_a_streamed_slice_needs_only_the_counts_of_what_it_reads_at_a_time():
+    more = needed(in_memory=False, n_counts=250_000_000) - needed(in_memory=False, n_counts=60_000_000)
+    assert 0 <= more < 190_000_000
     assert needed(n_counts=250_000_000) - needed(n_counts=60_000_000) > 190_000_000 * 8
 
 
