@@ -135,13 +135,6 @@ def slice_random_key(slice_id: str, settings: PropagationConfig) -> int:
     return text_key(f"{slice_id}/{settings.random_state}")
 
 
-def task_memory(store: SliceStore, *, dense_cells: int = 0, matrices: int = 1) -> int:
-    """Projected bytes: the slice's counts and what is made of them, and dense (cells, genes) float32 work."""
-    sparse = store.n_counts * ENTRY_BYTES + store.n_cells * CELL_BYTES
-    dense = dense_cells * store.n_genes * 4 * matrices
-    return sparse + dense + 64 * 2**20
-
-
 def streamed_memory(store: SliceStore) -> int:
     """Projected bytes of a pass over a slice: READ_ROWS of its counts and what is made of them, and numbers a cell."""
     entries = read_entries(store.n_cells, store.n_genes, store.n_counts)
