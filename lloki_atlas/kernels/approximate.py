@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.checks import array
 from lloki_atlas.kernels.hashing import mix
-from lloki_atlas.kernels.neighbors import Neighbors, nearest_rows, re_rank
+from lloki_atlas.kernels.neighbors import Neighbors, merge_neighbors, nearest_rows, re_rank
 
 N_SAMPLED = 1000
 _SAMPLE, _DESCENT = 21, 22  # words of their random streams
@@ -97,8 +97,6 @@ def measured_recall(found: Neighbors, rows: Any, *, key: int) -> float:
 
 
 def _nearest_others(queries: NDArray[np.float32], names: NDArray[Any], rows: Any, k: int) -> Neighbors:
-    from lloki_atlas.kernels.neighbors import merge_neighbors
-
     n, best = rows.shape[0], None
     for start in range(0, n, 65536):
         part = np.asarray(rows[start : min(start + 65536, n)], dtype=np.float32)

@@ -6,6 +6,7 @@ the graph's indices: a gene's sum is the same whatever block it is in and whatev
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _LEAST = 2.0**-24  # the smallest number of float16 above zero
 
 
-def _row_of(width: int, *, half: bool) -> Any:  # noqa: C901, PLR0915 - one straight run of instructions
-    """Instructions for `width` genes of one row, stored as float32, or as the bits of float16."""
+def _row_of(width: int) -> Any:  # noqa: C901, PLR0915 - one straight run of instructions
+    """Instructions for `width` genes of one row, stored as float32, or as the bits of float16 (uint16)."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def row(
@@ -42,9 +43,9 @@ def _row_of(width: int, *, half: bool) -> Any:  # noqa: C901, PLR0915 - one stra
         norm: Any,
     ) -> Any:
         signature = types.void(values, indices, weights, first, last, i, following, kept, observed, change, norm)
-        return signature, generate
+        return signature, partial(generate, values.dtype == types.uint16)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(half: bool, context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word, integer = ir.IntType(64), ir.IntType(32)
         vector, wide = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.DoubleType(), LANES)
         stored = ir.VectorType(ir.HalfType(), LANES) if half else vector
@@ -119,17 +120,16 @@ def _row_of(width: int, *, half: bool) -> Any:  # noqa: C901, PLR0915 - one stra
     return row
 
 
-_single_64, _single_32, _single_16 = (_row_of(width, half=False) for width in WIDTHS)
-_half_64, _half_32, _half_16 = (_row_of(width, half=True) for width in WIDTHS)
+_row_64, _row_32, _row_16 = (_row_of(width) for width in WIDTHS)
 
 
 @njit(nogil=True, cache=True)
-def advance_float32(
+def advance(
     indptr: NDArray[Any],
     indices: NDArray[Any],
     weights: NDArray[Any],
-    values: NDArray[np.float32],
-    following: NDArray[np.float32],
+    values: NDArray[Any],
+    following: NDArray[Any],
     start: int,
     stop: int,
     block: int,
@@ -144,7 +144,8 @@ def advance_float32(
 
     Observed entries stay, entries outside a frozen cell's support become zero. Squares of the change and of the
     unknown entries are added to `change` and `norm` (width,). `values` and `following` are (n, width) with a width of
-    `WIDTHS`; `observed` and `allowed` (n, words) hold one bit a gene.
+    `WIDTHS`, float32 or the bits of float16, whose sums are float32 and rounded once an iteration; `observed` and
+    `allowed` (n, words) hold one bit a gene.
     """
     width = values.shape[1]
     word, shift = block * width // 64, np.uint64(block * width % 64)
@@ -154,41 +155,8 @@ def advance_float32(
         seen = observed[i, word] >> shift
         first, last = indptr[i], indptr[i + 1]
         if width == 64:
-            _single_64(now, indices, weights, first, last, i, then, kept, seen, change, norm)
+            _row_64(now, indices, weights, first, last, i, then, kept, seen, change, norm)
         elif width == 32:
-            _single_32(now, indices, weights, first, last, i, then, kept, seen, change, norm)
+            _row_32(now, indices, weights, first, last, i, then, kept, seen, change, norm)
         else:
-            _single_16(now, indices, weights, first, last, i, then, kept, seen, change, norm)
-
-
-@njit(nogil=True, cache=True)
-def advance_float16(
-    indptr: NDArray[Any],
-    indices: NDArray[Any],
-    weights: NDArray[Any],
-    values: NDArray[np.uint16],
-    following: NDArray[np.uint16],
-    start: int,
-    stop: int,
-    block: int,
-    iteration: int,
-    observed: NDArray[np.uint64],
-    allowed: NDArray[np.uint64],
-    frozen_at: NDArray[np.int16],
-    change: NDArray[np.float64],
-    norm: NDArray[np.float64],
-) -> None:
-    """`advance_float32` on the bits of float16; sums are float32 and rounded once an iteration."""
-    width = values.shape[1]
-    word, shift = block * width // 64, np.uint64(block * width % 64)
-    now, then = values.reshape(values.size), following.reshape(following.size)
-    for i in range(start, stop):
-        kept = allowed[i, word] >> shift if 0 < frozen_at[i] <= iteration else _ALL
-        seen = observed[i, word] >> shift
-        first, last = indptr[i], indptr[i + 1]
-        if width == 64:
-            _half_64(now, indices, weights, first, last, i, then, kept, seen, change, norm)
-        elif width == 32:
-            _half_32(now, indices, weights, first, last, i, then, kept, seen, change, norm)
-        else:
-            _half_16(now, indices, weights, first, last, i, then, kept, seen, change, norm)
+            _row_16(now, indices, weights, first, last, i, then, kept, seen, change, norm)

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.blocks import BlockStore, MemoryBlocks, Storage, block_width, stored_dtype
 from lloki_atlas.kernels.checks import CsrArrays, array, csr_arrays
-from lloki_atlas.kernels.gather import advance_float16, advance_float32
+from lloki_atlas.kernels.gather import advance
 from lloki_atlas.kernels.graph import Graph
 from lloki_atlas.kernels.support import Support, draw_supports, gene_words, mark_observed
 from lloki_atlas.kernels.threads import over_rows
@@ -213,7 +213,6 @@ def _advance(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """One iteration of a block; squares of the change and of the unknown entries by gene, `(width,)`."""
     n, width = current.shape
-    advance = advance_float32 if current.dtype == np.float32 else advance_float16
     change, norm = np.zeros((-(-n // ROWS), width)), np.zeros((-(-n // ROWS), width))
 
     def rows(start: int, stop: int) -> None:
