@@ -171,6 +171,12 @@ class EmbedderConfig:
     `reference` needs no weights: `n_factors` components of the scRNA-seq reference and, for each panel, a
     ridge map of strength `ridge` onto them. `scgpt` reads a checkpoint folder (`args.json`, `vocab.json`,
     `best_model.pt`).
+
+    Of `scgpt`: with `mode` `default` a cell's equal values share one bin and the largest values are kept of a cell
+    with more genes than the model takes; `reference` draws both at random, as published, keyed by `random_state` and
+    the cell's content. `precision` is the type of its matrix products. `device` is a torch device or `auto`, CUDA
+    where there is one; `device_memory_mb` (2^20 bytes) is the most that is taken of a GPU. Neither decides a number
+    beyond the tolerance of the arithmetic.
     """
 
     name: str = "reference"
@@ -178,10 +184,18 @@ class EmbedderConfig:
     ridge: float = 500.0
     checkpoint: str | None = None
     device: str = "auto"
+    device_memory_mb: int = 2048
+    mode: Literal["default", "reference"] = "default"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    random_state: int = 0
 
     def __post_init__(self) -> None:
         _require(1 <= self.n_factors <= 512, "n_factors", self.n_factors, "between 1 and 512")
         _require(self.ridge > 0, "ridge", self.ridge, "positive")
+        _require(self.device_memory_mb >= 1, "device_memory_mb", self.device_memory_mb, "at least 1")
+        _require(self.mode in ("default", "reference"), "mode", self.mode, "'default' or 'reference'")
+        precisions = ("float32", "bfloat16", "float16")
+        _require(self.precision in precisions, "precision", self.precision, "one of " + ", ".join(precisions))
         if self.name == "scgpt" and not self.checkpoint:
             raise InputError(
                 "the scgpt embedder needs a checkpoint folder: say `scgpt:DIR`, or set embedder.checkpoint"
