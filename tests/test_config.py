@@ -248,6 +248,8 @@ def another(name, value):
         "name": "other",
         "checkpoint": "x",
         "device": "cpu",
+        "precision": "bfloat16",
+        "mode": "reference",
     }
     if name in choices:
         return choices[name]

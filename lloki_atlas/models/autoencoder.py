@@ -108,6 +108,34 @@ class FrozenEncoder:
     def __init__(self, model: ConditionalAutoencoder) -> None:
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self.platforms: tuple[str, ...] = self._model.platforms
+        self._elsewhere: dict[torch.device, ConditionalAutoencoder] = {}
+
+    def encode_tensor(self, embeddings: torch.Tensor, platform: str | int) -> torch.Tensor:
+        """Latents of cells whose embeddings are on a device, computed there; equal to `encode` within rounding.
+
+        Parameters
+        ----------
+        embeddings : (n, 512) float32
+            On any device; rows that are not finite give NaN.
+        platform : str or int
+            As for `encode`.
+
+        Returns
+        -------
+        (n, 128) float32, on the same device
+
+        Raises
+        ------
+        InputError
+            If the platform is not among those of the model.
+        """
+        code = torch.full((len(embeddings),), self._code(platform), device=embeddings.device)
+        if embeddings.device not in self._elsewhere:
+            self._elsewhere[embeddings.device] = copy.deepcopy(self._model).to(embeddings.device)
+        with torch.no_grad():
+            finite = embeddings.isfinite().all(dim=1, keepdim=True)
+            latents = self._elsewhere[embeddings.device].encode(embeddings.where(finite, 0.0), code)
+            return latents.where(finite, torch.nan)
 
     def encode(self, embeddings: ArrayLike, platform: str | int) -> NDArray[np.float32]:
         """Latents of the cells of one platform.

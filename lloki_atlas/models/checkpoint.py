@@ -80,7 +80,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     InputError
         If the folder or a file is missing or cannot be read.
     CheckpointError
-        If a setting or parameter is missing, unknown, of another shape, or not finite.
+        If a file is damaged or holds anything but weights, or a setting or parameter is missing, unknown, of another
+        shape, or not finite.
     """
     folder = Path(folder)
     files = {name: _read(folder, name) for name in CHECKPOINT_FILES}
@@ -108,7 +109,7 @@ def _json(data: bytes, path: Path) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}: copy the file of the checkpoint again") from error
 
 
 def _settings(args: Any) -> ScGPTSettings:
@@ -135,7 +136,7 @@ def _state(data: bytes, path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file ends in any of a dozen kinds
         reason = str(error).partition("\n")[0]
-        raise InputError(
+        raise CheckpointError(
             f"cannot read {path} as a file of weights, it is damaged or holds other objects: {reason}"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):

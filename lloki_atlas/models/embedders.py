@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
 from lloki_atlas.config import EmbedderConfig, digest
-from lloki_atlas.errors import CheckpointError, InputError
+from lloki_atlas.errors import InputError
 
 EMBEDDING_SIZE = 512
 ENTRY_POINT_GROUP = "lloki_atlas.embedders"
@@ -57,7 +56,11 @@ class Embedder(Protocol):
 
 
 class EmbedderFactory(Protocol):
-    """What an entry point of the group `lloki_atlas.embedders` provides."""
+    """What an entry point of the group `lloki_atlas.embedders` provides.
+
+    One may also have `uses_device(config) -> bool`: whether its embedders want a worker with a GPU. Such embedders may
+    split `embed` into `prepare(rows)`, on the host and in any thread, and `finish(prepared)`, on the device.
+    """
 
     def fit_panel(self, config: EmbedderConfig, reference: ReferenceFactors) -> dict[str, np.ndarray]:
         """Return the arrays that map one panel; stored once per panel and handed to `open`."""
@@ -171,50 +174,22 @@ class ScGPTFactory:
 
     def open(self, config: EmbedderConfig, symbols: tuple[str, ...], panel: Arrays, statistics: Arrays) -> Embedder:
         """Load the checkpoint, or take the one this process already holds."""
-        return _ScGPTEmbedder(_load_scgpt(config), symbols)
+        from lloki_atlas.models.streaming import ScGPTEmbedder, resident_model
+
+        return ScGPTEmbedder(resident_model(config), symbols)
 
     def digest(self, config: EmbedderConfig) -> str:
-        """Digest of the checkpoint's content, wherever it lies, as it was loaded by this process."""
-        return digest({"name": "scgpt", "checkpoint": _load_scgpt(config).digest, "version": 1})
+        """Digest of the checkpoint's content, wherever it lies, and of the settings that decide its output."""
+        from lloki_atlas.models.streaming import resident_model
 
+        content = {"checkpoint": resident_model(config).digest, "precision": config.precision, "mode": config.mode}
+        if config.mode == "reference":
+            content["random_state"] = str(config.random_state)
+        return digest({"name": "scgpt", **content, "version": 2})
 
-class _ScGPTEmbedder:
-    def __init__(self, model, symbols: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
-        self._model = model
-        self._symbols = symbols
-
-    def transform(self, counts: csr_matrix, totals: np.ndarray) -> tuple[csr_matrix, np.ndarray]:
-        return counts, np.zeros(counts.shape[1], dtype=np.float32)
-
-    def embed(self, rows: np.ndarray) -> np.ndarray:
-        embedding = self._model.embed(rows, self._symbols)
-        padded = np.zeros((rows.shape[0], EMBEDDING_SIZE), dtype=np.float32)
-        padded[:, : embedding.shape[1]] = embedding
-        return padded
-
-
-_loaded: dict[tuple[str, str, str], object] = {}
-
-
-def _load_scgpt(config: EmbedderConfig):  # type: ignore[no-untyped-def]
-    from lloki_atlas.models.scgpt import load_scgpt
-
-    # size and time of the files: a checkpoint that was replaced under a running worker is read again
-    stamps = [
-        (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
-        for entry in sorted(Path(str(config.checkpoint)).glob("*"))
-    ]
-    place = (str(config.checkpoint), config.device, str(stamps))
-    if place not in _loaded:
-        _loaded.clear()  # one model a process: a worker serves one atlas at a time
-        model = load_scgpt(str(config.checkpoint), device=config.device)
-        if model.settings.embsize > EMBEDDING_SIZE:
-            raise CheckpointError(
-                f"{config.checkpoint} embeds in {model.settings.embsize} dimensions: the store holds at most "
-                f"{EMBEDDING_SIZE}"
-            )
-        _loaded[place] = model
-    return _loaded[place]
+    def uses_device(self, config: EmbedderConfig) -> bool:
+        """Whether a worker with a GPU should have the work."""
+        return config.device != "cpu"
 
 
 _BUILT_IN: dict[str, Callable[[], EmbedderFactory]] = {"reference": ReferenceFactory, "scgpt": ScGPTFactory}

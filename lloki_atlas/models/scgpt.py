@@ -1,45 +1,46 @@
 """scGPT's cell embedding from an official checkpoint folder: deterministic, each cell by itself.
 
 The forward pass is that of `scgpt.tasks.embed_data` (post-norm transformer over gene and value embeddings, the `<cls>`
-row, unit length) in float32. A cell's numbers are the same bytes in any batch: every cell is padded to a multiple of 32
-tokens, the size of a batch depends on that length alone, and every matrix product is one of a single cell.
+row, unit length). On a CPU a cell's numbers are the same bytes in any batch and on any number of threads: what is
+computed together depends on a cell's length alone, and every matrix product is one of a single cell. On a GPU they
+agree within the rounding of the products.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import layer_norm, linear, relu, scaled_dot_product_attention
+from torch.nn.functional import linear, relu
 
-from lloki_atlas.errors import InputError
+from lloki_atlas.errors import InputError, MemoryBudgetError
+from lloki_atlas.models.batches import (
+    CPU_TOKENS,
+    Batch,
+    bytes_per_token,
+    packed_batches,
+    padded_batches,
+    to_device,
+    tokens_that_fit,
+)
 from lloki_atlas.models.checkpoint import ScGPTSettings, read_checkpoint
 from lloki_atlas.models.threads import single_thread
 from lloki_atlas.models.tokens import TokenRows, Vocabulary, lookup_genes, tokenize
+from lloki_atlas.models.transformer import Affine, Layer, encode_packed, encode_padded, norm
 
 # scGPT clips values before its value encoder
 _MAX_VALUE = 512.0
-_PAD_MULTIPLE = 32
-# tokens in one batch: enough to keep the device busy; what the last batch of a length leaves empty is computed too
-_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+# what libraries keep on a GPU beside our tensors: workspaces of matrix products
+_WORKSPACE = 96 * 2**20
 
-_Affine = tuple[torch.Tensor, torch.Tensor]
-
-
-class _Layer(NamedTuple):
-    """Weights and biases of one layer; matrices are (n_in, n_out)."""
-
-    qkv: _Affine
-    out: _Affine
-    linear1: _Affine
-    linear2: _Affine
-    norm1: _Affine
-    norm2: _Affine
+_log = logging.getLogger("lloki_atlas")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class ScGPT:
     """A loaded checkpoint; `digest` is the content of its three files.
 
     `gene_table` (n_tokens, embsize) has the normalised gene embeddings, `value_table` (n_bins, embsize) the encoded
-    values: row 0 that of padding and `<cls>`, row d that of bin d.
+    values: row 0 that of padding and `<cls>`, row d that of bin d; both float32. `dtype` is the type of the matrix
+    products, `mode` and `random_state` decide tokens (`tokenize`). `batch_tokens` is the size of a batch; it is halved
+    when a device runs out of memory.
     """
 
     digest: str
@@ -70,14 +73,46 @@ class ScGPT:
     vocabulary: Vocabulary
     gene_table: torch.Tensor
     value_table: torch.Tensor
-    layers: tuple[_Layer, ...]
+    layers: tuple[Layer, ...]
+    dtype: torch.dtype = torch.float32
+    mode: str = "default"
+    random_state: int = 0
+    batch_tokens: list[int] = field(default_factory=lambda: [CPU_TOKENS])
 
-    def embed(self, rows: Any, genes: Sequence[str]) -> np.ndarray:
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.gene_table.device
+
+    def tokens(self, rows: Any, genes: Sequence[str], *, n_threads: int = 1) -> TokenRows:
+        """Tokens of cells: the host's part of the work, `embed_tokens` is the device's. Errors as for `embed_cells`."""
+        columns = lookup_genes(self.vocabulary, genes)
+        if not (columns >= 0).any():
+            raise InputError(f"none of the {len(genes)} genes is in scGPT's vocabulary: give human gene symbols")
+        return tokenize(
+            rows,
+            columns,
+            n_bins=self.settings.n_bins,
+            max_genes=self.settings.max_seq_len - 1,
+            mode=self.mode,
+            random_state=self.random_state,
+            n_threads=n_threads,
+        )
+
+    def embed(self, rows: Any, genes: Sequence[str], *, n_threads: int = 1) -> np.ndarray:
         """Embed cells: `embed_cells` without the report, (n_cells, embsize) float32."""
-        return embed_cells(self, rows, genes).values
+        return embed_cells(self, rows, genes, n_threads=n_threads).values
 
 
-def load_scgpt(folder: str | Path, *, device: str = "auto") -> ScGPT:
+def load_scgpt(
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    device_memory_mb: int = 2048,
+    mode: str = "default",
+    random_state: int = 0,
+) -> ScGPT:
     """Load a checkpoint folder, refusing whatever does not fit.
 
     Parameters
@@ -86,11 +121,19 @@ def load_scgpt(folder: str | Path, *, device: str = "auto") -> ScGPT:
         Folder of `args.json`, `vocab.json` and `best_model.pt`.
     device
         A torch device, or `auto`: CUDA where there is one.
+    precision
+        `float32`, `bfloat16` or `float16`: what weights are rounded to, and the type of the matrix products where the
+        processor has instructions for it; elsewhere they are float32 products of the rounded weights, which is faster
+        than emulating the type.
+    device_memory_mb
+        Most that may be taken of a GPU, in 2^20 bytes.
+    mode, random_state
+        How tokens are made of equal and of too many values (`tokenize`).
 
     Returns
     -------
     ScGPT
-        The model, float32.
+        The model on its device.
 
     Raises
     ------
@@ -98,19 +141,43 @@ def load_scgpt(folder: str | Path, *, device: str = "auto") -> ScGPT:
         If the folder, a file or the device is missing or cannot be read.
     CheckpointError
         If the three files do not fit each other.
+    MemoryBudgetError
+        If the weights and one cell take more of the GPU than is allowed.
     """
     target = _device(device)
     checkpoint = read_checkpoint(folder)
     settings, weights = checkpoint.settings, checkpoint.weights
-    with _fixed_arithmetic():
+    with _full_products(), single_thread(), torch.inference_mode():
         # both tables are made on the CPU, so that they are the same on every device
-        genes = _norm(weights["encoder.embedding.weight"], _pair(weights, "encoder.enc_norm."))
+        genes = norm(weights["encoder.embedding.weight"], _pair(weights, "encoder.enc_norm."))
         values = _value_table(weights, settings)
-    layers = tuple(_layer(weights, f"transformer_encoder.layers.{i}.", target) for i in range(settings.nlayers))
-    return ScGPT(checkpoint.digest, settings, checkpoint.vocabulary, genes.to(target), values.to(target), layers)
+    rounded: torch.dtype = getattr(torch, precision)
+    dtype = rounded if _multiplies(target, rounded) else torch.float32
+    layers = [_layer(weights, f"transformer_encoder.layers.{i}.") for i in range(settings.nlayers)]
+    size = sum(part.numel() for layer in layers for pair in layer for part in pair) * dtype.itemsize
+    batch_tokens = CPU_TOKENS
+    if target.type != "cpu":
+        batch_tokens = tokens_that_fit(
+            device_memory=device_memory_mb * 2**20,
+            resident=_WORKSPACE + (genes.numel() + values.numel()) * 4 + size,
+            per_token=bytes_per_token(embsize=settings.embsize, d_hid=settings.d_hid, itemsize=dtype.itemsize),
+            longest=settings.max_seq_len,
+        )
+    return ScGPT(
+        checkpoint.digest,
+        settings,
+        checkpoint.vocabulary,
+        genes.to(target),
+        values.to(target),
+        tuple(layer.to(target, products=dtype, rounded=rounded) for layer in layers),
+        dtype,
+        mode,
+        random_state,
+        [batch_tokens],
+    )
 
 
-def embed_cells(model: ScGPT, rows: Any, genes: Sequence[str]) -> Embedded:
+def embed_cells(model: ScGPT, rows: Any, genes: Sequence[str], *, n_threads: int = 1) -> Embedded:
     """Embed cells from their non-zero values.
 
     Parameters
@@ -121,6 +188,8 @@ def embed_cells(model: ScGPT, rows: Any, genes: Sequence[str]) -> Embedded:
         (n_cells, n_genes) expression, dense or CSR; read as float32.
     genes
         Canonical symbol of each column; those without a token are left out.
+    n_threads
+        Threads; on a CPU they change no bit.
 
     Returns
     -------
@@ -132,75 +201,111 @@ def embed_cells(model: ScGPT, rows: Any, genes: Sequence[str]) -> Embedded:
     InputError
         If no gene has a token, the columns do not fit the genes, or a value is not finite.
     """
-    columns = lookup_genes(model.vocabulary, genes)
-    n_genes = int(np.count_nonzero(columns >= 0))
-    if n_genes == 0:
-        raise InputError(f"none of the {len(genes)} genes is in scGPT's vocabulary: give human gene symbols")
-    settings = model.settings
-    tokens = tokenize(rows, columns, n_bins=settings.n_bins, max_genes=settings.max_seq_len - 1)
-    lengths = np.diff(tokens.indptr)
-    # a multiple of 32 keeps every cell's block aligned alike in memory
-    padded = np.where(lengths > 0, -(-(lengths + 1) // _PAD_MULTIPLE) * _PAD_MULTIPLE, 0)
-    batch_tokens = _BATCH_TOKENS.get(model.gene_table.device.type, _BATCH_TOKENS["cuda"])
-    values = np.full((len(lengths), settings.embsize), np.nan, dtype=np.float32)
-    with _fixed_arithmetic():
-        for length in np.unique(padded[padded > 0]).tolist():
-            cells = np.flatnonzero(padded == length)
-            size = max(1, batch_tokens // length)
-            for start in range(0, len(cells), size):
-                batch = cells[start : start + size]
-                values[batch] = _encode(model, *_batch(model, tokens, batch, (size, length)))[: len(batch)]
-    return Embedded(values, n_genes, int(np.count_nonzero(lengths == 0)), tokens.n_truncated, tokens.n_dropped)
+    tokens = model.tokens(rows, genes, n_threads=n_threads)
+    n_genes = int(np.count_nonzero(lookup_genes(model.vocabulary, genes) >= 0))
+    values = embed_tokens(model, tokens, n_threads=n_threads).cpu().numpy()
+    n_empty = int(np.count_nonzero(np.diff(tokens.indptr) == 0))
+    return Embedded(values, n_genes, n_empty, tokens.n_truncated, tokens.n_dropped)
 
 
-def _batch(
-    model: ScGPT, tokens: TokenRows, cells: np.ndarray, shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gene tokens, value bins and mask (True: a token) of one batch; rows past the last cell hold `<cls>` alone."""
-    genes = np.full(shape, model.vocabulary.pad, dtype=np.int64)
-    digits = np.zeros(shape, dtype=np.int64)
-    mask = np.zeros(shape, dtype=bool)
-    genes[:, 0] = model.vocabulary.cls
-    mask[:, 0] = True
-    for row, cell in enumerate(cells):
-        start, stop = tokens.indptr[cell], tokens.indptr[cell + 1]
-        genes[row, 1 : 1 + stop - start] = tokens.genes[start:stop]
-        digits[row, 1 : 1 + stop - start] = tokens.digits[start:stop]
-        mask[row, 1 : 1 + stop - start] = True
-    device = model.gene_table.device
-    return torch.from_numpy(genes).to(device), torch.from_numpy(digits).to(device), torch.from_numpy(mask).to(device)
+def embed_tokens(model: ScGPT, tokens: TokenRows, *, n_threads: int = 1) -> torch.Tensor:
+    """Embed tokenised cells.
+
+    Parameters
+    ----------
+    model
+        A loaded checkpoint.
+    tokens
+        Of its vocabulary.
+    n_threads
+        Threads of a CPU, each with cells of its own.
+
+    Returns
+    -------
+    torch.Tensor
+        (n_cells, embsize) float32 on the model's device: rows of length 1, NaN where a cell has no token.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If a GPU has no room for a single cell.
+    """
+    shape = (len(tokens.indptr) - 1, model.settings.embsize)
+    values = torch.full(shape, torch.nan, device=model.device)
+    with _full_products():
+        if model.device.type == "cpu":
+            batches = padded_batches(tokens, model.vocabulary, batch_tokens=CPU_TOKENS, fill=True)
+            if n_threads == 1:
+                for batch in batches:
+                    _encode_into(values, model, batch)
+            else:
+                with ThreadPoolExecutor(n_threads) as pool:
+                    list(pool.map(lambda batch: _encode_into(values, model, batch), batches))
+            return values
+        waiting = np.flatnonzero(np.diff(tokens.indptr))
+        while len(waiting):
+            waiting = _encode_until_full(values, model, tokens, waiting)
+    return values
 
 
-def _encode(model: ScGPT, genes: torch.Tensor, digits: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    x = model.gene_table[genes] + model.value_table[digits]
-    keys = mask[:, None, None, :]
-    for layer in model.layers[:-1]:
-        x = _apply(layer, x, x, keys, model.settings.nheads)
-    # of the last layer, only the row of <cls> is read
-    x = _apply(model.layers[-1], x[:, :1].contiguous(), x, keys, model.settings.nheads)[:, 0]
-    return (x / torch.linalg.vector_norm(x, dim=1, keepdim=True)).cpu().numpy()
+def _encode_until_full(values: torch.Tensor, model: ScGPT, tokens: TokenRows, cells: np.ndarray) -> np.ndarray:
+    """Encode cells on a GPU; return those left when it ran out of memory, batches being half as large from then on."""
+    done = np.zeros(len(tokens.indptr) - 1, dtype=bool)
+    part = _only(tokens, cells)
+    size = model.batch_tokens[0]
+    packed = model.dtype != torch.float32  # torch's kernel for packed cells has no float32
+    batches = (
+        packed_batches(part, model.vocabulary, batch_tokens=size)
+        if packed
+        else padded_batches(part, model.vocabulary, batch_tokens=size, fill=False)
+    )
+    for batch in batches:
+        try:
+            _encode_into(values, model, to_device(batch, model.device))
+        except torch.OutOfMemoryError as error:
+            if len(batch.cells) == 1:
+                raise MemoryBudgetError(
+                    f"{model.device} has no memory left for one cell of {batch.genes.numel()} tokens: "
+                    "free it of other programs, or embed on another device"
+                ) from error
+            model.batch_tokens[0] = max(1, batch.genes.numel() // 2)
+            _log.warning(
+                "%s ran out of memory with %d tokens a batch: going on with %d",
+                model.device,
+                batch.genes.numel(),
+                model.batch_tokens[0],
+            )
+            break
+        done[batch.cells] = True
+    else:
+        return cells[:0]
+    torch.cuda.empty_cache()
+    return cells[~done[cells]]
 
 
-def _apply(layer: _Layer, x: torch.Tensor, context: torch.Tensor, keys: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """One post-norm layer for the rows `x`, which attend to the rows `context`."""
-    weight, bias = layer.qkv
-    width = x.shape[2]
-    q = _affine(x, (weight[:, :width], bias[:width]))
-    k, v = _affine(context, (weight[:, width:], bias[width:])).split(width, dim=2)
-    q, k, v = (part.unflatten(2, (n_heads, -1)).transpose(1, 2) for part in (q, k, v))
-    attended = scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
-    x = _norm(x + _affine(attended, layer.out), layer.norm1)
-    return _norm(x + _affine(relu(_affine(x, layer.linear1)), layer.linear2), layer.norm2)
+def _only(tokens: TokenRows, cells: np.ndarray) -> TokenRows:
+    """The same rows with the tokens of some cells alone."""
+    lengths = np.zeros(len(tokens.indptr) - 1, dtype=np.int64)
+    lengths[cells] = np.diff(tokens.indptr)[cells]
+    kept = np.repeat(lengths > 0, np.diff(tokens.indptr))
+    return TokenRows(np.append(0, np.cumsum(lengths)), tokens.genes[kept], tokens.digits[kept], 0, 0)
 
 
-def _affine(x: torch.Tensor, parameters: _Affine) -> torch.Tensor:
-    # one product a cell: in a product over all cells, a row's arithmetic may depend on its place
-    weight, bias = parameters
-    return torch.baddbmm(bias, x, weight.expand(len(x), -1, -1))
+def _encode_into(values: torch.Tensor, model: ScGPT, batch: Batch) -> None:
+    # both settings belong to the thread
+    with single_thread(), torch.inference_mode():
+        rows = _encode(model, batch)[: len(batch.cells)].float()
+        rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        values[torch.from_numpy(batch.cells).to(values.device)] = rows
 
 
-def _norm(x: torch.Tensor, parameters: _Affine) -> torch.Tensor:
-    return layer_norm(x, x.shape[-1:], *parameters)
+def _encode(model: ScGPT, batch: Batch) -> torch.Tensor:
+    x = model.gene_table[batch.genes]
+    x += model.value_table[batch.digits]
+    x = x.to(model.dtype)
+    if batch.offsets is None:
+        return encode_padded(model.layers, x, batch.mask, n_heads=model.settings.nheads)
+    return encode_packed(model.layers, x, batch.offsets, batch.longest, n_heads=model.settings.nheads)
 
 
 def _value_table(weights: dict[str, torch.Tensor], settings: ScGPTSettings) -> torch.Tensor:
@@ -208,17 +313,24 @@ def _value_table(weights: dict[str, torch.Tensor], settings: ScGPTSettings) -> t
     values = torch.arange(settings.n_bins, dtype=torch.float32)
     values[0] = settings.pad_value
     hidden = relu(linear(values.clamp(max=_MAX_VALUE)[:, None], *_pair(weights, "value_encoder.linear1.")))
-    return _norm(linear(hidden, *_pair(weights, "value_encoder.linear2.")), _pair(weights, "value_encoder.norm."))
+    return norm(linear(hidden, *_pair(weights, "value_encoder.linear2.")), _pair(weights, "value_encoder.norm."))
 
 
-def _layer(weights: dict[str, torch.Tensor], prefix: str, device: torch.device) -> _Layer:
+def _layer(weights: dict[str, torch.Tensor], prefix: str) -> Layer:
     names = ("self_attn.in_proj_", "self_attn.out_proj.", "linear1.", "linear2.", "norm1.", "norm2.")
-    pairs = (_pair(weights, prefix + name) for name in names)
-    return _Layer(*((weight.t().contiguous().to(device), bias.to(device)) for weight, bias in pairs))
+    return Layer.of(*(_pair(weights, prefix + name) for name in names))
 
 
-def _pair(weights: dict[str, torch.Tensor], prefix: str) -> _Affine:
+def _pair(weights: dict[str, torch.Tensor], prefix: str) -> Affine:
     return weights[f"{prefix}weight"], weights[f"{prefix}bias"]
+
+
+def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device has instructions for products of a type."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return True
+    wanted = "_is_avx512_bf16_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
+    return bool(getattr(torch.cpu, wanted, bool)())
 
 
 def _device(name: str) -> torch.device:
@@ -233,12 +345,11 @@ def _device(name: str) -> torch.device:
 
 
 @contextmanager
-def _fixed_arithmetic() -> Iterator[None]:
-    """One thread and full float32 products inside the block, the caller's settings afterwards."""
+def _full_products() -> Iterator[None]:
+    """Full float32 products inside the block, the caller's setting afterwards."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with single_thread(), torch.inference_mode():
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)

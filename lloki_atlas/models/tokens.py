@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,9 @@ import numpy as np
 from scipy import sparse
 
 from lloki_atlas.errors import CheckpointError, InputError
+from lloki_atlas.kernels.binning import bin_rows, count_present
+from lloki_atlas.kernels.hashing import mix
+from lloki_atlas.kernels.threads import over_rows
 
 # what scGPT appends to a vocabulary, in this order, where missing
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")
@@ -36,9 +39,9 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Gene tokens of many cells, without `<cls>`: cell i has `genes[indptr[i]:indptr[i + 1]]`, ascending.
+    """Gene tokens of many cells, without `<cls>`: cell i has `genes[indptr[i]:indptr[i + 1]]` (int32), ascending.
 
-    `digits` are the value bins, 1 to n_bins - 1. `n_truncated` cells had more genes than fit, which left
+    `digits` (int16) are the value bins, 1 to n_bins - 1. `n_truncated` cells had more genes than fit, which left
     `n_dropped` values out.
     """
 
@@ -125,49 +128,20 @@ def lookup_genes(vocabulary: Vocabulary, genes: Sequence[str]) -> np.ndarray:
     return found
 
 
-def bin_values(values: np.ndarray, *, n_bins: int) -> np.ndarray:
-    """Bin the non-zero values of one cell by their own quantiles, as scGPT does, without its random numbers.
-
-    The edges are the `n_bins - 1` evenly spaced quantiles of the cell. A value v lies above `below` edges (e < v)
-    and `upto` of them count with equality (e <= v). scGPT draws a bin from below + 1 to upto at random; here equal
-    values share the middle one, floor((below + 1 + upto) / 2). Distinct values leave one choice: scGPT's.
-
-    Parameters
-    ----------
-    values
-        (n_values,) float32, at least one.
-    n_bins
-        Number of bins with the one that scGPT reserves for zero.
-
-    Returns
-    -------
-    numpy.ndarray
-        (n_values,) int64, 1 to n_bins - 1.
-    """
-    edges = _quantiles(values, np.linspace(0, 1, n_bins - 1))
-    below = np.searchsorted(edges, values, side="left")
-    upto = np.searchsorted(edges, values, side="right")
-    # an edge interpolated between two values may be rounded past the outermost of them
-    return np.clip((below + 1 + upto) // 2, 1, n_bins - 1)
-
-
-def _quantiles(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """numpy.quantile of one cell to the last bit, without its overhead of a hundred microseconds a call."""
-    ascending = np.sort(values)
-    place = at * (len(ascending) - 1)
-    lower = np.floor(place).astype(np.int64)
-    weight = place - lower
-    left, right = ascending[lower], ascending[np.minimum(lower + 1, len(ascending) - 1)]
-    step = right - left
-    return np.where(weight >= 0.5, right - step * (1 - weight), left + step * weight)
-
-
-def tokenize(rows: Any, columns: np.ndarray, *, n_bins: int, max_genes: int) -> TokenRows:
+def tokenize(
+    rows: Any,
+    columns: np.ndarray,
+    *,
+    n_bins: int,
+    max_genes: int,
+    mode: str = "default",
+    random_state: int = 0,
+    n_threads: int = 1,
+) -> TokenRows:
     """Turn the non-zero values of known genes into tokens, each cell by itself.
 
     A cell's tokens are in the order of the vocabulary, so the order of the columns is of no account. Values are
-    binned before anything is left out; of more than `max_genes`, the largest values stay, the earlier token among
-    equal ones.
+    binned before anything is left out.
 
     Parameters
     ----------
@@ -179,6 +153,14 @@ def tokenize(rows: Any, columns: np.ndarray, *, n_bins: int, max_genes: int) -> 
         Number of value bins with the one reserved for zero.
     max_genes
         Most gene tokens that a cell may have.
+    mode
+        `default`: equal values share the middle one of the bins that scGPT draws theirs from, and of more than
+        `max_genes` the largest values stay, the earlier token among equal ones. `reference`: both are drawn at
+        random, with the probabilities of scGPT, from a stream keyed by `random_state` and the cell's own content.
+    random_state
+        Seed of `reference`.
+    n_threads
+        Threads; they change no bit.
 
     Returns
     -------
@@ -193,35 +175,33 @@ def tokenize(rows: Any, columns: np.ndarray, *, n_bins: int, max_genes: int) -> 
     if rows.ndim != 2 or rows.shape[1] != len(columns):
         raise InputError(f"rows of shape {rows.shape} do not fit {len(columns)} genes: give one column a gene")
     order = np.argsort(columns, kind="stable")[np.count_nonzero(columns < 0) :]
-    tokens = columns[order]
-    genes: list[np.ndarray] = []
-    digits: list[np.ndarray] = []
-    lengths = np.zeros(rows.shape[0] + 1, dtype=np.int64)
-    n_truncated = n_dropped = 0
-    for start in range(0, rows.shape[0], _BLOCK_ROWS):
-        for offset, row in enumerate(_dense(rows[start : start + _BLOCK_ROWS], start)[:, order]):
-            present = np.flatnonzero(row)
-            if len(present) == 0:
-                continue
-            values = row[present]
-            binned = bin_values(values, n_bins=n_bins)
-            if len(present) > max_genes:
-                kept = np.sort(np.argsort(-values, kind="stable")[:max_genes])
-                n_truncated += 1
-                n_dropped += len(present) - max_genes
-                present, binned = present[kept], binned[kept]
-            lengths[start + offset + 1] = len(present)
-            genes.append(tokens[present])
-            digits.append(binned)
-    empty = [np.empty(0, dtype=np.int64)]
-    return TokenRows(
-        np.cumsum(lengths), np.concatenate(genes or empty), np.concatenate(digits or empty), n_truncated, n_dropped
-    )
+    tokens, key = columns[order].astype(np.int32), np.uint64(mix(random_state))
+    present = np.zeros(rows.shape[0], dtype=np.int64)
+
+    def count(start: int, stop: int) -> None:
+        for first, dense in _blocks(rows, start, stop):
+            broken = count_present(dense, order, present[first : first + len(dense)])
+            if broken >= 0:
+                raise InputError(
+                    f"row {first + broken} holds a value that is not finite: give counts, or diffused counts"
+                )
+
+    over_rows(rows.shape[0], n_threads, count)
+    indptr = np.append(0, np.cumsum(np.minimum(present, max_genes)))
+    genes, digits = np.empty(indptr[-1], dtype=np.int32), np.empty(indptr[-1], dtype=np.int16)
+
+    def fill(start: int, stop: int) -> None:
+        for first, dense in _blocks(rows, start, stop):
+            starts = indptr[first : first + len(dense)]
+            bin_rows(dense, order, tokens, n_bins - 1, max_genes, mode == "reference", key, starts, genes, digits)
+
+    over_rows(rows.shape[0], n_threads, fill)
+    dropped = np.maximum(present - max_genes, 0)
+    return TokenRows(indptr, genes, digits, int(np.count_nonzero(dropped)), int(dropped.sum()))
 
 
-def _dense(block: Any, start: int) -> np.ndarray:
-    dense = np.asarray(block.toarray() if sparse.issparse(block) else block, dtype=np.float32)
-    broken = np.flatnonzero(~np.isfinite(dense).all(axis=1))
-    if len(broken):
-        raise InputError(f"row {start + broken[0]} holds a value that is not finite: give counts, or diffused counts")
-    return dense
+def _blocks(rows: Any, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    for first in range(start, stop, _BLOCK_ROWS):
+        block = rows[first : min(first + _BLOCK_ROWS, stop)]
+        dense = block.toarray() if sparse.issparse(block) else block
+        yield first, np.ascontiguousarray(dense, dtype=np.float32)

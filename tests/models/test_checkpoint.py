@@ -139,7 +139,7 @@ def test_a_truncated_file_is_refused_by_name(folder, tmp_path, name, kept):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(InputError, match=name):
+    with pytest.raises(CheckpointError, match=name):
         read_checkpoint(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_a_pickled_object_is_refused_and_not_run(folder, tmp_path):
 
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     torch.save({"encoder.embedding.weight": Runs()}, tmp_path / "best_model.pt")
-    with pytest.raises(InputError, match="best_model"):
+    with pytest.raises(CheckpointError, match="best_model"):
         read_checkpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
 

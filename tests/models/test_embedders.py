@@ -16,7 +16,7 @@ from support.checkpoints import write_checkpoint
 
 from lloki_atlas.config import EmbedderConfig
 from lloki_atlas.errors import CheckpointError, InputError
-from lloki_atlas.models import embedders
+from lloki_atlas.models import embedders, streaming
 from lloki_atlas.models.embedders import (
     CLIP,
     EMBEDDING_SIZE,
@@ -347,7 +347,7 @@ def test_one_model_is_held_by_a_process(tmp_path):
     for name in ("a", "b"):
         folder = write_checkpoint(tmp_path / name, genes=SYMBOLS, embsize=8, nheads=2, d_hid=8, nlayers=1)
         configs.append(EmbedderConfig(name="scgpt", checkpoint=str(folder), device="cpu"))
-    first, again, other = (embedders._load_scgpt(config) for config in (configs[0], configs[0], configs[1]))
+    first, again, other = (streaming.resident_model(config) for config in (configs[0], configs[0], configs[1]))
     assert first is again
     assert first is not other
-    assert [place[:2] for place in embedders._loaded] == [(configs[1].checkpoint, "cpu")]
+    assert [place[0] for place in streaming._resident] == [configs[1].checkpoint]

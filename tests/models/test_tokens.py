@@ -1,11 +1,9 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.sparse import coo_matrix, csr_matrix
 
 from lloki_atlas.errors import CheckpointError, InputError
-from lloki_atlas.models.tokens import TokenRows, _quantiles, bin_values, build_vocabulary, lookup_genes, tokenize
+from lloki_atlas.models.tokens import TokenRows, build_vocabulary, lookup_genes, tokenize
 
 INDICES = {"ACTB": 0, "C1orf112": 1, "Gapdh": 2, "GAPDH": 3, "<pad>": 4, "<cls>": 5, "<eoc>": 6}
 VOCABULARY = build_vocabulary(INDICES)
@@ -74,46 +72,6 @@ def test_a_gene_finds_its_token(genes, tokens):
 def test_among_mixed_case_spellings_the_first_row_wins():
     vocabulary = build_vocabulary({"aBC": 0, "Abc": 1})
     assert lookup_genes(vocabulary, ["ABC"]).tolist() == [0]
-
-
-# bins
-
-
-def test_distinct_values_are_binned_by_their_quantiles():
-    assert bin_values(np.array([5, 1, 3], dtype=np.float32), n_bins=5).tolist() == [4, 1, 2]
-
-
-def test_equal_values_share_the_middle_bin():
-    # four edges are up to 1.5: the ones may be in bins 1 to 3, the three in 5 alone
-    values = np.array([1, 1, 1, 3], dtype=np.float32)
-    assert np.quantile(values, np.linspace(0, 1, 5)).tolist() == [1, 1, 1, 1.5, 3]
-    assert bin_values(values, n_bins=6).tolist() == [2, 2, 2, 5]
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.lists(st.floats(2**-7, 2**20, width=32), min_size=1, max_size=80), st.integers(2, 60))
-def test_the_edges_are_numpys_quantiles_to_the_last_bit(values, n_edges):
-    array, at = np.array(values, dtype=np.float32), np.linspace(0, 1, n_edges)
-    assert _quantiles(array, at).tobytes() == np.quantile(array, at).tobytes()
-
-
-@pytest.mark.parametrize("values", [[2.0], [7.0, 7.0, 7.0], [0.25] * 60])
-def test_a_constant_cell_is_in_the_middle_bin(values):
-    assert set(bin_values(np.array(values, dtype=np.float32), n_bins=51).tolist()) == {25}
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.lists(st.floats(2**-7, 2**20, width=32), min_size=1, max_size=80), st.randoms(use_true_random=False))
-def test_bins_follow_the_values_and_not_their_order(values, random):
-    array = np.array(values, dtype=np.float32)
-    order = np.array(random.sample(range(len(array)), len(array)))
-    digits = bin_values(array, n_bins=51)
-    assert digits.min() >= 1
-    assert digits.max() <= 50
-    np.testing.assert_array_equal(bin_values(array[order], n_bins=51), digits[order])
-    ascending = np.argsort(array, kind="stable")
-    assert (np.diff(digits[ascending]) >= 0).all()
-    assert len(set(zip(array.tolist(), digits.tolist(), strict=True))) == len(set(array.tolist()))
 
 
 # tokens
@@ -185,3 +143,48 @@ def test_a_value_that_is_not_finite_is_refused_by_its_row(value):
     rows[270, 1] = value
     with pytest.raises(InputError, match="row 270"):
         tokenize(rows, np.arange(3), n_bins=51, max_genes=4)
+
+
+# scGPT's random rule
+
+
+def tied_rows(n_cells: int = 60, n_genes: int = 90) -> np.ndarray:
+    return np.random.default_rng(3).poisson(1.2, size=(n_cells, n_genes)).astype(np.float32)
+
+
+def test_the_random_rule_follows_from_the_cell_and_the_seed_alone():
+    rows, columns = tied_rows(), np.arange(90)
+    rule = {"n_bins": 51, "max_genes": 30, "mode": "reference"}
+    drawn = cells(tokenize(rows, columns, random_state=1, **rule))
+    order = np.random.default_rng(0).permutation(len(rows))
+    genes = np.random.default_rng(1).permutation(90)
+    again = cells(tokenize(rows[order][:, genes], columns[genes], random_state=1, n_threads=3, **rule))
+    assert again == [drawn[i] for i in order]
+    assert cells(tokenize(rows, columns, random_state=2, **rule)) != drawn
+
+
+def test_the_random_rule_keeps_every_gene_equally_often():
+    rows = np.arange(1, 41, dtype=np.float32)[None, :] + np.arange(4000, dtype=np.float32)[:, None]
+    tokens = tokenize(rows, np.arange(40), n_bins=51, max_genes=10, mode="reference")
+    assert np.diff(tokens.indptr).tolist() == [10] * 4000
+    share = np.bincount(tokens.genes, minlength=40) / 4000
+    assert np.abs(share - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 4000)
+
+
+def test_distinct_values_leave_the_random_rule_no_choice():
+    rows = np.random.default_rng(4).permutation(60).astype(np.float32)[None, :] + 1
+    one, other = (
+        tokenize(rows, np.arange(60), n_bins=51, max_genes=60, mode=mode) for mode in ("default", "reference")
+    )
+    np.testing.assert_array_equal(one.digits, other.digits)
+
+
+@pytest.mark.parametrize("mode", ["default", "reference"])
+def test_threads_change_no_token(mode):
+    rows, columns = tied_rows(700, 40), np.arange(40)
+    one, many = (
+        tokenize(rows, columns, n_bins=51, max_genes=20, mode=mode, n_threads=n_threads) for n_threads in (1, 4)
+    )
+    assert [part.tobytes() for part in (one.indptr, one.genes, one.digits)] == [
+        part.tobytes() for part in (many.indptr, many.genes, many.digits)
+    ]
