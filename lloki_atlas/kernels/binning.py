@@ -128,14 +128,16 @@ def _quantiles(ascending: NDArray[np.float32], edges: NDArray[np.float64]) -> No
 
 
 @njit(nogil=True, cache=True)
-def _digit(value: np.float32, edges: NDArray[np.float64], random: bool, drawn: np.uint64) -> int:
+def _digit(value: np.float32, edges: NDArray[np.float64], random: bool, drawn: np.uint64) -> Any:
     below, upto = np.searchsorted(edges, value, side="left"), np.searchsorted(edges, value, side="right")
     if random:
-        bin_ = below + 1 + int(uniform(drawn) * (upto - below)) if upto > below else upto
+        digit = below + 1 + int(uniform(drawn) * (upto - below)) if upto > below else upto
     else:
-        bin_ = (below + 1 + upto) // 2
+        digit = (below + 1 + upto) // 2
     # an edge interpolated between two values may be rounded past the outermost of them
-    return int(max(1, min(bin_, len(edges))))
+    if digit > len(edges):
+        return len(edges)
+    return digit if digit > 1 else 1
 
 
 @njit(nogil=True, cache=True)

@@ -12,7 +12,7 @@ import torch
 from lloki_atlas.errors import MemoryBudgetError
 from lloki_atlas.models.tokens import TokenRows, Vocabulary
 
-PAD_MULTIPLE = 32
+PAD_MULTIPLE = 16
 # a CPU is busy with one cell of this many tokens; its activations then stay in the cache
 CPU_TOKENS = 512
 # what a GPU needs to be busy; more only takes memory
@@ -37,7 +37,7 @@ class Batch:
 
 
 def padded_batches(tokens: TokenRows, vocabulary: Vocabulary, *, batch_tokens: int, fill: bool) -> Iterator[Batch]:
-    """Cells of one length together; lengths are rounded up to a multiple of 32.
+    """Cells of one length together; lengths are rounded up to a multiple of 16.
 
     Parameters
     ----------

@@ -40,7 +40,7 @@ def test_padded_batches_hold_every_cell_once_behind_its_cls(sizes, batch_tokens,
         if batch.mask is not None:
             assert not batch.genes[~batch.mask].any()
             assert batch.mask[:, 0].all()
-            assert length % 32 == 0
+            assert length % 16 == 0
         seen.extend(batch.cells.tolist())
     assert sorted(seen) == np.flatnonzero(sizes).tolist()
 
