@@ -233,7 +233,6 @@ def test_a_value_has_the_digest_of_its_plain_form(value, plain):
 def another(name, value):
     """Another value that the field takes."""
     choices = {
-        "mode": "paper",
         "graph_space": "counts",
         "search": "approximate",
         "bandwidth": "cross",
