@@ -14,7 +14,7 @@ from lloki_atlas.kernels.binning import bin_rows, count_present
 from lloki_atlas.kernels.hashing import mix
 from lloki_atlas.kernels.threads import over_rows
 
-# what scGPT appends to a vocabulary, in this order, where missing
+# what scGPT appends to a vocabulary, in this order, where missing; without a trained `<cls>` there is no embedding
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")
 
 _BLOCK_ROWS = 256
@@ -57,7 +57,7 @@ class TokenRows:
 
 
 def build_vocabulary(indices: Any, *, pad_token: str = "<pad>") -> Vocabulary:
-    """Check the content of a `vocab.json` and append scGPT's special tokens where missing.
+    """Check the content of a `vocab.json`; append `<pad>` and `<eoc>` where missing, as scGPT does.
 
     Parameters
     ----------
@@ -74,10 +74,13 @@ def build_vocabulary(indices: Any, *, pad_token: str = "<pad>") -> Vocabulary:
     Raises
     ------
     CheckpointError
-        If it is not such a table, or has no `pad_token`.
+        If it is not such a table, or has no `<cls>` or `pad_token`.
     """
     if not isinstance(indices, Mapping) or not all(type(index) is int for index in indices.values()):
         raise CheckpointError("vocab.json is not a table of token to row number: take the file of the same checkpoint")
+    for token, name in (("<cls>", "the token of the cell"), (pad_token, "pad_token of args.json")):
+        if token not in indices:
+            raise CheckpointError(f"vocab.json has no '{token}', {name}: take the file of the same checkpoint")
     if sorted(indices.values()) != list(range(len(indices))):
         raise CheckpointError(
             f"the {len(indices)} tokens of vocab.json do not have the row numbers 0 to {len(indices) - 1}, each once: "
@@ -86,8 +89,6 @@ def build_vocabulary(indices: Any, *, pad_token: str = "<pad>") -> Vocabulary:
     tokens = dict(indices)
     for token in SPECIAL_TOKENS:
         tokens.setdefault(token, len(tokens))
-    if pad_token not in tokens:
-        raise CheckpointError(f"pad_token '{pad_token}' of args.json is not in vocab.json: the two do not fit together")
     special = frozenset(tokens[token] for token in (*SPECIAL_TOKENS, pad_token))
     folded: dict[str, int] = {}
     for token, index in sorted(tokens.items(), key=lambda item: (item[0] != item[0].upper(), item[1])):

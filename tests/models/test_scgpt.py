@@ -276,11 +276,6 @@ def test_every_naming_of_the_attention_weights_gives_the_same_bytes(tmp_path, ro
     assert model.embed(rows[:20], GENES).tobytes() == embedding[:20].tobytes()
 
 
-def test_special_tokens_missing_from_the_vocabulary_are_appended(tmp_path, rows, embedding):
-    model = load_scgpt(write_checkpoint(tmp_path, genes=GENES, special_in_vocabulary=False), device="cpu")
-    assert model.embed(rows[:20], GENES).tobytes() == embedding[:20].tobytes()
-
-
 def test_heads_are_not_needed(tmp_path, rows, embedding):
     def drop_heads(state):
         for name in [n for n in state if n.startswith(("decoder.", "cls_decoder.", "mvc_decoder.", "flag_encoder."))]:

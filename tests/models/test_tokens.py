@@ -18,21 +18,31 @@ def cells(tokens: TokenRows) -> list[tuple[list[int], list[int]]]:
 
 
 def test_missing_special_tokens_are_appended_in_scgpts_order():
-    vocabulary = build_vocabulary({"ACTB": 0, "<cls>": 1})
-    assert (vocabulary.tokens["<pad>"], vocabulary.cls, vocabulary.tokens["<eoc>"], len(vocabulary)) == (2, 1, 3, 4)
+    vocabulary = build_vocabulary({"ACTB": 0, "<cls>": 1, "[PAD]": 2}, pad_token="[PAD]")
+    assert (vocabulary.tokens["<pad>"], vocabulary.cls, vocabulary.tokens["<eoc>"], len(vocabulary)) == (3, 1, 4, 5)
 
 
 def test_another_pad_token_is_honoured():
-    assert build_vocabulary({"ACTB": 0, "[PAD]": 1}, pad_token="[PAD]").pad == 1
+    assert build_vocabulary({"ACTB": 0, "[PAD]": 1, "<cls>": 2}, pad_token="[PAD]").pad == 1
 
 
 @pytest.mark.parametrize(
     "indices",
-    [["ACTB"], {"ACTB": "0"}, {"ACTB": 0.0}, {"ACTB": True}, {"ACTB": 1}, {"ACTB": 0, "GAPDH": 0}, {"ACTB": 0, "B": 2}],
+    [{"ACTB": "0"}, {"ACTB": 0.0}, {"ACTB": True}, {"ACTB": 3}, {"ACTB": 0, "GAPDH": 0}, {"ACTB": 0, "B": 4}],
 )
 def test_a_table_that_does_not_number_its_rows_is_refused(indices):
     with pytest.raises(CheckpointError, match=r"vocab\.json"):
-        build_vocabulary(indices)
+        build_vocabulary({**indices, "<pad>": 1, "<cls>": 2})
+
+
+def test_a_list_is_no_vocabulary():
+    with pytest.raises(CheckpointError, match="not a table of token to row number"):
+        build_vocabulary(["ACTB", "<pad>", "<cls>"])
+
+
+def test_a_vocabulary_without_cls_is_refused_by_its_name():
+    with pytest.raises(CheckpointError, match=r"vocab\.json has no '<cls>'"):
+        build_vocabulary({"ACTB": 0, "<pad>": 1})
 
 
 def test_a_pad_token_that_is_not_in_the_vocabulary_is_refused():
@@ -70,7 +80,7 @@ def test_a_gene_finds_its_token(genes, tokens):
 
 
 def test_among_mixed_case_spellings_the_first_row_wins():
-    vocabulary = build_vocabulary({"aBC": 0, "Abc": 1})
+    vocabulary = build_vocabulary({"aBC": 0, "Abc": 1, "<pad>": 2, "<cls>": 3})
     assert lookup_genes(vocabulary, ["ABC"]).tolist() == [0]
 
 

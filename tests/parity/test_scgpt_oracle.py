@@ -91,8 +91,8 @@ def test_equals_the_package_whatever_its_batches_are_padded_to(tmp_path, batch_s
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
-def test_equals_the_package_where_it_drops_genes_and_appends_special_tokens(tmp_path):
-    folder = write_checkpoint(tmp_path, genes=GENES[:60], special_in_vocabulary=False)
+def test_equals_the_package_where_it_drops_genes(tmp_path):
+    folder = write_checkpoint(tmp_path, genes=GENES[:60])
     rows = distinct_rows(5, random_state=2)
     rows[:, 0] = np.linspace(200, 300, 5)  # a gene that stays
     ours = load_scgpt(folder, device="cpu").embed(rows, GENES)

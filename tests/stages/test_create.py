@@ -7,11 +7,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from support.atlases import CONFIG
 from support.checkpoints import write_checkpoint
 
 from lloki_atlas.config import AtlasConfig, EmbedderConfig, to_dict
-from lloki_atlas.errors import InputError
+from lloki_atlas.errors import CheckpointError, InputError
 from lloki_atlas.models.embedders import embedder_factory
 from lloki_atlas.stages.create import create_catalog, located, parse_embedder
 from lloki_atlas.store.catalog import history, open_catalog, verify
@@ -134,6 +135,69 @@ def test_a_refusal_leaves_nothing_behind(tmp_path, profile, options, message):
     with pytest.raises(InputError, match=message):
         create_catalog(tmp_path / "atlas", **{"reference": profile, "config": CONFIG, **options})
     assert not (tmp_path / "atlas").exists()
+
+
+def drop_weight(folder):
+    rewrite(folder, lambda state: state.pop("encoder.enc_norm.bias"))
+
+
+def add_weight(folder):
+    rewrite(folder, lambda state: state.update({"encoder.extra.weight": torch.zeros(3)}))
+
+
+def reshape_weight(folder):
+    rewrite(folder, lambda state: state.update({"value_encoder.linear1.bias": torch.zeros(5)}))
+
+
+def rewrite(folder, edit):
+    state = torch.load(folder / "best_model.pt", weights_only=True)
+    edit(state)
+    torch.save(state, folder / "best_model.pt")
+
+
+def drop_cls(folder):
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    del vocabulary["<cls>"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+
+
+def truncate(folder):
+    data = (folder / "best_model.pt").read_bytes()
+    (folder / "best_model.pt").write_bytes(data[: len(data) // 2])
+
+
+class Code:
+    """A pickle that would make a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def put_code(folder):
+    torch.save({"encoder.enc_norm.bias": Code(folder / "ran")}, folder / "best_model.pt")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_weight, r"lacks the parameter 'encoder\.enc_norm\.bias'"),
+        (add_weight, r"has the parameter 'encoder\.extra\.weight'"),
+        (reshape_weight, r"'value_encoder\.linear1\.bias'.*shape \(5,\)"),
+        (drop_cls, r"vocab\.json has no '<cls>'"),
+        (truncate, r"best_model\.pt as a file of weights"),
+        (put_code, r"best_model\.pt as a file of weights"),
+    ],
+)
+def test_a_wrong_checkpoint_is_named_and_leaves_nothing_behind(tmp_path, profile, damage, message):
+    folder = write_checkpoint(tmp_path / "weights", genes=["ACTB"], nlayers=1)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        create_catalog(tmp_path / "atlas", reference=profile, config=CONFIG, embedder=f"scgpt:{folder}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["weights"]
+    assert not (folder / "ran").exists()
 
 
 def test_a_folder_that_holds_something_is_refused_and_kept(tmp_path, profile):

@@ -26,7 +26,6 @@ def write_checkpoint(
     d_hid: int = 48,
     nlayers: int = 2,
     random_state: int = 0,
-    special_in_vocabulary: bool = True,
     args: dict[str, Any] | None = None,
     edit: Callable[[State], None] | None = None,
 ) -> Path:
@@ -50,7 +49,7 @@ def write_checkpoint(
     }
     settings.update(args or {})
     (folder / "args.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
-    tokens = [*genes, *(SPECIAL if special_in_vocabulary else ())]
+    tokens = [*genes, *SPECIAL]
     (folder / "vocab.json").write_text(json.dumps({token: row for row, token in enumerate(tokens)}))
     state = random_state_dict(
         n_tokens=len(genes) + len(SPECIAL),
