@@ -75,7 +75,7 @@ def prepare(folder: Path, n_cells: int, n_genes: int, chain: bool) -> None:
     for task in plan(catalog, until="embed").tasks:
         if task.stage == "reference":
             run_task(task)
-        elif task.stage != "embed" or task.output.rows == 0:
+        elif task.stage != "embed" or 0 in task.output.tiles:
             tasks.append(task)
     import pickle
 
