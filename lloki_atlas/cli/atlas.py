@@ -16,6 +16,18 @@ Workers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Worker processes of the local cluster; as many as cores by default."),
 ]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=0,
+        help="GPU workers: of the local cluster, or of the scheduler's to wait for; 0: none [default: all there are].",
+    ),
+]
+DeviceMemory = Annotated[
+    int | None,
+    typer.Option("--device-memory", min=1, help="Most of a GPU's memory for this run, MiB [default: the atlas's]."),
+]
 Cluster = Annotated[str, typer.Option("--cluster", help="`local`, or the address of a scheduler, tcp://host:8786.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Root = Annotated[str, typer.Argument(help="Folder of the catalog.")]
@@ -62,6 +74,8 @@ def build(
     root: Annotated[Path | None, typer.Option("--root", help="Folder of the catalog [default: NAME.atlas].")] = None,
     until: Annotated[str, typer.Option("--until", help="Last stage.")] = "integrate",
     workers: Workers = None,
+    gpus: Gpus = None,
+    device_memory: DeviceMemory = None,
     cluster: Cluster = "local",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -71,7 +85,16 @@ def build(
     from lloki_atlas.stages.pipeline import status
 
     with client_of(cluster) as client:
-        catalog = construct(manifest, root=root, until=until, client=client, n_workers=workers, progress=not quiet)
+        catalog = construct(
+            manifest,
+            root=root,
+            until=until,
+            client=client,
+            n_workers=workers,
+            n_gpus=gpus,
+            device_memory_mb=device_memory,
+            progress=not quiet,
+        )
     state = status(catalog)
     emit(
         {"root": str(catalog.root), **state},
@@ -184,6 +207,8 @@ def run(
     until: Annotated[str, typer.Option("--until", help="Last stage.")] = "integrate",
     slices: Annotated[list[str] | None, typer.Option("--slices", help="Slice id; repeatable [default: all].")] = None,
     workers: Workers = None,
+    gpus: Gpus = None,
+    device_memory: DeviceMemory = None,
     cluster: Cluster = "local",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -197,6 +222,8 @@ def run(
             open_catalog(root, mode="r+"),
             client=client,
             n_workers=workers,
+            n_gpus=gpus,
+            device_memory_mb=device_memory,
             progress=not quiet,
             until=until,
             slices=slices or None,
@@ -210,6 +237,8 @@ def train(
     label_key: Annotated[str | None, typer.Option("--label-key", help="Cell types that refine the pairs.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed [default: the atlas's].")] = None,
     workers: Workers = None,
+    gpus: Gpus = None,
+    device_memory: DeviceMemory = None,
     cluster: Cluster = "local",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -226,6 +255,8 @@ def train(
             random_state=seed,
             client=client,
             n_workers=workers,
+            n_gpus=gpus,
+            device_memory_mb=device_memory,
             progress=not quiet,
         )
     emit({"version": catalog.version}, as_json=as_json, text=f"version {catalog.version}")

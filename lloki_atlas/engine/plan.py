@@ -1,8 +1,8 @@
 """What a run will do: tasks with projected memory and content keys, checked before anything starts.
 
-Every task writes one thing: a whole immutable object, or the rows of one tile in an object that is being filled.
-Its body *skip if done → compute → write → receipt* is `run_task`, here and nowhere else. A task that runs twice
-writes the same bytes, so retries, killed workers and two runs at once are harmless.
+A task writes a whole immutable object, or the rows of some tiles of one that is being filled, or of two that hold the
+same cells. Its body *skip if done → compute → write → receipt* is `run_task`, here and nowhere else. A task that runs
+twice writes the same bytes, so retries, killed workers and two runs at once are harmless.
 
 This module knows neither Dask nor biology: `lloki_atlas.engine.cluster` runs a plan, the stages write one.
 """
@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -40,8 +40,8 @@ class Output:
         Where it is filled before it is published by one rename.
     lineage
         What the object was made of; part of its receipt.
-    rows
-        None when the task writes the whole object, else the first row of its tile.
+    tiles
+        First row of every tile that the task fills; () when it writes or publishes the whole object.
     specs
         The arrays of an object that is filled tile by tile.
     dims
@@ -55,16 +55,21 @@ class Output:
     path: str
     staging: str
     lineage: Mapping[str, Any]
-    rows: int | None = None
+    tiles: tuple[int, ...] = ()
     specs: Mapping[str, ArraySpec] = field(default_factory=dict)
     dims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
     folder: bool = False
 
-    @property
-    def marker(self) -> Path:
-        """The file that says that this tile's rows are on disk."""
-        return Path(f"{self.staging}.tiles") / f"{self.rows}.json"
+    def marker(self, start: int) -> Path:
+        """The file that says that the rows of the tile that begins with row `start` are on disk."""
+        return Path(f"{self.staging}.tiles") / f"{start}.json"
+
+    def missing(self) -> tuple[int, ...]:
+        """Tiles that the task has yet to fill, none once the object is published."""
+        if is_complete(self.path):
+            return ()
+        return tuple(start for start in self.tiles if not self.marker(start).exists())
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ class Task:
         Name of the stage, for progress and for the report of a plan.
     function
         `module:function`; called with `arguments`, returns `{array name: array}` (or None when it fills a folder).
-        Empty for the task that only publishes what tile tasks have filled.
+        Empty for the task that only publishes what tile tasks have filled. That of a task of several tiles (`streams`)
+        is a generator, called with `starts` too, the tiles that are missing; for each it yields, in their order,
+        `(start, {array name: rows})`, which are on disk before it is asked for the next.
     arguments
         Plain values only: paths, numbers, settings.
     output
@@ -95,6 +102,12 @@ class Task:
     until
         An object that makes the task superfluous once it is there, whatever became of the task's own output; "" for
         none.
+    also
+        Further objects of which the task fills the same tiles.
+    streams
+        Whether the function is a generator of tiles.
+    device
+        Whether the task wants the device of a GPU worker, where there is one.
     """
 
     name: str
@@ -107,6 +120,14 @@ class Task:
     projected_memory: int = 0
     slice_id: str | None = None
     until: str = ""
+    also: tuple[Output, ...] = ()
+    streams: bool = False
+    device: bool = False
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """All objects that the task fills."""
+        return (self.output, *self.also)
 
 
 @dataclass(frozen=True)
@@ -124,30 +145,35 @@ class Plan:
         """Peak bytes of the largest task."""
         return max((task.projected_memory for task in self.tasks), default=0)
 
-    def validate(self, memory_per_task: int | None) -> None:
+    def validate(self, memory_per_task: int | None, *, memory_per_device_task: int | None = None) -> None:
         """Refuse a plan with a task that does not fit.
 
         Parameters
         ----------
         memory_per_task
             Bytes that a task may use, None when there is no limit.
+        memory_per_device_task
+            Bytes that a task may use that wants a device; as much as any other when None.
 
         Raises
         ------
         MemoryBudgetError
             Naming the task, what it needs and what there is.
         """
-        if memory_per_task is None:
-            return
         for task in self.tasks:
-            if task.projected_memory > memory_per_task:
+            limit = memory_per_task
+            if task.device and memory_per_device_task is not None:
+                limit = memory_per_device_task
+            if limit is not None and task.projected_memory > limit:
                 raise MemoryBudgetError(
                     f"{task.name} is projected to need {_megabytes(task.projected_memory)}, a worker has "
-                    f"{_megabytes(memory_per_task)} a task: use workers with more memory, or make tile_cells, "
+                    f"{_megabytes(limit)} a task: use workers with more memory, or make tile_cells, "
                     "slice_memory_mb or search_cells smaller"
                 )
 
-    def run(self, client: Any = None, *, progress: bool = True, n_workers: int | None = None) -> Any:
+    def run(
+        self, client: Any = None, *, progress: bool = True, n_workers: int | None = None, n_gpus: int | None = None
+    ) -> Any:
         """Run on a Dask client, or on a local cluster made for this run.
 
         Parameters
@@ -158,6 +184,9 @@ class Plan:
             Show a bar with cells per second on standard error.
         n_workers
             Size of the local cluster; as many as there are cores when None.
+        n_gpus
+            GPU workers: how many of the local cluster, or how many of the client's to wait for. As many as there are
+            when None; 0 runs everything on CPU.
 
         Returns
         -------
@@ -170,7 +199,7 @@ class Plan:
         """
         from lloki_atlas.engine.cluster import run_plan
 
-        return run_plan(self, client, progress=progress, n_workers=n_workers)
+        return run_plan(self, client, progress=progress, n_workers=n_workers, n_gpus=n_gpus)
 
     def summary(self) -> dict[str, Any]:
         """Per stage: tasks, cells and the largest task's bytes."""
@@ -189,7 +218,7 @@ def link(tasks: Iterable[Task]) -> tuple[Task, ...]:
     Objects that are already on disk need no task, so a plan that continues an earlier run links only what is left.
     """
     tasks = tuple(tasks)
-    publisher = {task.output.path: task.name for task in tasks if task.output.rows is None}
+    publisher = {task.output.path: task.name for task in tasks if not task.output.tiles}
     return tuple(
         replace(
             task,
@@ -200,6 +229,27 @@ def link(tasks: Iterable[Task]) -> tuple[Task, ...]:
             ),
         )
         for task in tasks
+    )
+
+
+def split_tiles(tasks: Iterable[Task]) -> tuple[Task, ...]:
+    """Cut tasks of several tiles into tasks of one, which many workers can share."""
+    parts: dict[str, list[Task]] = {}
+    for task in tasks:
+        whole = replace(task, requires=tuple(part.name for name in task.requires for part in parts[name]))
+        starts = task.output.tiles if len(task.output.tiles) > 1 else ()
+        parts[task.name] = [_tile_of(whole, start) for start in starts] or [whole]
+    return tuple(part for group in parts.values() for part in group)
+
+
+def _tile_of(task: Task, start: int) -> Task:
+    spec = next(iter(task.output.specs.values()))
+    return replace(
+        task,
+        name=f"{task.name}/{start}",
+        output=replace(task.output, tiles=(start,)),
+        also=tuple(replace(output, tiles=(start,)) for output in task.also),
+        n_cells=min(spec.chunk_rows, spec.shape[0] - start) if task.n_cells else 0,
     )
 
 
@@ -239,9 +289,9 @@ def run_task(task: Task, *dependencies: Any) -> str:
 
 
 def _is_done(task: Task) -> bool:
-    output = task.output
-    superfluous = bool(task.until) and is_complete(task.until)
-    return superfluous or is_complete(output.path) or (output.rows is not None and output.marker.exists())
+    if task.until and is_complete(task.until):
+        return True
+    return all(not output.missing() if output.tiles else is_complete(output.path) for output in task.outputs)
 
 
 def _compute(task: Task) -> None:
@@ -256,17 +306,47 @@ def _compute(task: Task) -> None:
             Path(staging).mkdir(parents=True)
             compute(staging, **task.arguments)
         return
+    if output.tiles:
+        _fill_tiles(task, compute)
+        return
     arrays = compute(**task.arguments)
-    if output.rows is None:
-        with _own_staging(output) as staging:
-            write_arrays(staging, arrays, dims=dict(output.dims), attributes=dict(output.attributes))
-    else:
-        create_arrays(output.staging, dict(output.specs), attributes=dict(output.attributes))
-        for array_name, values in arrays.items():
-            write_rows(output.staging, array_name, output.rows, values)
-        output.marker.parent.mkdir(parents=True, exist_ok=True)
-        stored = {name: np.asarray(values, dtype=output.specs[name].dtype) for name, values in arrays.items()}
-        write_durable(output.marker, canonical_json({"sha256": _rows_digest(stored)}))
+    with _own_staging(output) as staging:
+        write_arrays(staging, arrays, dims=dict(output.dims), attributes=dict(output.attributes))
+
+
+def _fill_tiles(task: Task, compute: Callable[..., Any]) -> None:
+    """Write every missing tile as it comes: a kill loses the tiles in flight and no others."""
+    missing = {output.path: set(output.missing()) for output in task.outputs}
+    starts = [start for start in task.output.tiles if any(start in left for left in missing.values())]
+    made = compute(starts=starts, **task.arguments) if task.streams else compute(**task.arguments)
+    tiles = made if task.streams else ((start, made) for start in starts)
+    created: set[str] = set()
+    with closing(tiles):
+        for start, arrays in tiles:
+            for output in task.outputs:
+                if start not in missing[output.path]:
+                    continue
+                try:
+                    if output.path not in created:
+                        create_arrays(output.staging, dict(output.specs), attributes=dict(output.attributes))
+                        created.add(output.path)
+                    _write_tile(output, start, {name: arrays[name] for name in output.specs})
+                except (LlokiAtlasError, OSError):
+                    # another run may have published this object, which takes the staging folder away, meanwhile
+                    if not is_complete(output.path):
+                        raise
+                missing[output.path].discard(start)
+    if any(missing.values()):
+        raise RuntimeError(f"{task.name} ended without all of its tiles: {sorted(set().union(*missing.values()))}")
+
+
+def _write_tile(output: Output, start: int, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, values in arrays.items():
+        write_rows(output.staging, name, start, values)
+    marker = output.marker(start)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    stored = {name: np.asarray(values, dtype=output.specs[name].dtype) for name, values in arrays.items()}
+    write_durable(marker, canonical_json({"sha256": _rows_digest(stored)}))
 
 
 @contextmanager

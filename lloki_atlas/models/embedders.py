@@ -180,9 +180,9 @@ class ScGPTFactory:
 
     def digest(self, config: EmbedderConfig) -> str:
         """Digest of the checkpoint's content, wherever it lies, and of the settings that decide its output."""
-        from lloki_atlas.models.streaming import resident_model
+        from lloki_atlas.models.streaming import checkpoint_digest
 
-        content = {"checkpoint": resident_model(config).digest, "precision": config.precision, "mode": config.mode}
+        content = {"checkpoint": checkpoint_digest(config), "precision": config.precision, "mode": config.mode}
         if config.mode == "reference":
             content["random_state"] = str(config.random_state)
         return digest({"name": "scgpt", **content, "version": 2})

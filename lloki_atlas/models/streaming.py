@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.sparse import csr_matrix
 from lloki_atlas.config import EmbedderConfig
 from lloki_atlas.errors import CheckpointError
 from lloki_atlas.models.autoencoder import FrozenEncoder
+from lloki_atlas.models.checkpoint import read_checkpoint
 from lloki_atlas.models.embedders import EMBEDDING_SIZE
 from lloki_atlas.models.scgpt import ScGPT, embed_tokens, load_scgpt
 from lloki_atlas.models.tokens import TokenRows
@@ -30,16 +32,12 @@ def resident_model(config: EmbedderConfig) -> ScGPT:
     MemoryBudgetError
         If it takes more of the device than is allowed.
     """
-    # size and time of the files: a checkpoint that was replaced under a running worker is read again
-    stamps = [
-        (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
-        for entry in sorted(Path(str(config.checkpoint)).glob("*"))
-    ]
     settings = (config.device, config.device_memory_mb, config.precision, config.mode, config.random_state)
-    place = (str(config.checkpoint), str(settings), str(stamps))
+    place = (str(config.checkpoint), str(_stamps(config)), str(settings))
     if place not in _resident:
         _resident.clear()  # one model a process: a worker serves one atlas at a time
-        model = load_scgpt(
+        checkpoint_digest(config)
+        _resident[place] = load_scgpt(
             str(config.checkpoint),
             device=config.device,
             precision=config.precision,
@@ -47,13 +45,36 @@ def resident_model(config: EmbedderConfig) -> ScGPT:
             mode=config.mode,
             random_state=config.random_state,
         )
-        if model.settings.embsize > EMBEDDING_SIZE:
-            raise CheckpointError(
-                f"{config.checkpoint} embeds in {model.settings.embsize} dimensions: the store holds at most "
-                f"{EMBEDDING_SIZE}"
-            )
-        _resident[place] = model
     return _resident[place]
+
+
+def checkpoint_digest(config: EmbedderConfig) -> str:
+    """Return the digest of a checkpoint's content, refused if it could not be used; no device is touched.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is missing.
+    CheckpointError
+        If it does not fit, or embeds in more than 512 dimensions.
+    """
+    return _digest(str(config.checkpoint), _stamps(config))
+
+
+@lru_cache(maxsize=1)
+def _digest(folder: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.settings.embsize > EMBEDDING_SIZE:
+        raise CheckpointError(
+            f"{folder} embeds in {checkpoint.settings.embsize} dimensions: the store holds at most {EMBEDDING_SIZE}"
+        )
+    return checkpoint.digest
+
+
+def _stamps(config: EmbedderConfig) -> tuple[tuple[str, int, int], ...]:
+    # size and time of the files: a checkpoint that was replaced under a running worker is read again
+    entries = sorted(Path(str(config.checkpoint)).glob("*"))
+    return tuple((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
 
 
 class ScGPTEmbedder:

@@ -25,6 +25,8 @@ def build(
     client: Any = None,
     progress: bool = True,
     n_workers: int | None = None,
+    n_gpus: int | None = None,
+    device_memory_mb: int | None = None,
 ) -> Catalog:
     """Build the atlas that a manifest describes, or what is missing of it.
 
@@ -36,10 +38,12 @@ def build(
         Folder of the catalog; `<name>.atlas` in the working directory when None.
     until
         Last stage to run.
-    client, n_workers
-        A `distributed.Client`, or the size of a local cluster.
+    client, n_workers, n_gpus
+        A `distributed.Client`, or the size of a local cluster; GPU workers as for `Plan.run`.
     progress
         Show progress on standard error.
+    device_memory_mb
+        Most that this run takes of a GPU, in 2^20 bytes; what the settings of the embedder say when None.
 
     Returns
     -------
@@ -62,7 +66,15 @@ def build(
     catalog = _open_or_create(described, location)
     for entry in slices:
         catalog = _ingest(catalog, described, entry)
-    return run(catalog, client=client, progress=progress, n_workers=n_workers, until=until)
+    return run(
+        catalog,
+        client=client,
+        progress=progress,
+        n_workers=n_workers,
+        n_gpus=n_gpus,
+        until=until,
+        device_memory_mb=device_memory_mb,
+    )
 
 
 def _simulated(manifest: Manifest, location: Path) -> Manifest:

@@ -1,10 +1,12 @@
 """Diffusion and embedding of one tile: X_denoised = α A_imp T(X⁰) + (1 − α) T(X⁰) (equation 5) → 512 numbers a cell.
 
-T is the embedder's own input scale (the identity for scGPT). The denoised rows live only inside the task.
+T is the embedder's own input scale (the identity for scGPT). The denoised rows live only inside the task. A task takes
+one tile, or streams several through a device (`lloki_atlas.stages.streaming`); the bytes are the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +21,19 @@ from lloki_atlas.kernels.diffusion import READ_ROWS, diffuse
 from lloki_atlas.kernels.graph import Graph
 from lloki_atlas.kernels.rows import Rows
 from lloki_atlas.models.embedders import EMBEDDING_SIZE, Embedder, embedder_factory
+from lloki_atlas.stages import streaming
+from lloki_atlas.stages.filling import device_tasks, tile_tasks, tiled_output
 from lloki_atlas.stages.lineage import atlas_config
-from lloki_atlas.stages.panels import PanelCounts, panel_counts, reference_symbols, streamed_memory
-from lloki_atlas.store.arrays import ArraySpec, read_arrays, read_rows
+from lloki_atlas.stages.panels import (
+    CELL_BYTES,
+    ENTRY_BYTES,
+    PanelCounts,
+    panel_counts,
+    read_entries,
+    reference_symbols,
+    streamed_memory,
+)
+from lloki_atlas.store.arrays import read_arrays, read_rows
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.objects import is_complete
 from lloki_atlas.store.records import SliceRecord
@@ -63,7 +75,30 @@ def run_tile(
     (stop - start, 512) float16 unit vectors; NaN where a cell has no count in a shared gene.
     """
     counts = panel.shared_counts
-    values, baseline = _transformed(counts, totals, embedder)
+    scaled = _transformed(counts, totals, embedder)
+    rows = mixed_rows(graph, scaled, start=start, stop=stop, settings=settings, targets=targets)
+    return _embedded(rows, counts[start:stop], embedder).astype(np.float16)
+
+
+def mixed_rows(
+    graph: Graph,
+    scaled: tuple[Any, np.ndarray],
+    *,
+    start: int,
+    stop: int,
+    settings: PropagationConfig,
+    targets: np.ndarray | None,
+) -> np.ndarray:
+    """Rows `start` to `stop` of X_denoised, (stop - start, n_genes) float32.
+
+    Parameters
+    ----------
+    graph, start, stop, settings, targets
+        As for `run_tile`.
+    scaled
+        Counts of the whole slice on the embedder's scale, and the baseline: what its `transform` returns.
+    """
+    values, baseline = scaled
     rows = diffuse(
         graph,
         values,
@@ -76,7 +111,7 @@ def run_tile(
     if settings.cap_final and targets is not None:
         share = settings.alpha * _row_sums(graph, start, stop) + (1.0 - settings.alpha)
         rows = cap_rows(rows, share[:, None] * baseline[None, :], targets)
-    return _embedded(rows, counts[start:stop], embedder).astype(np.float16)
+    return rows
 
 
 def run_plain(panel: PanelCounts, totals: np.ndarray, embedder: Embedder, *, start: int, stop: int) -> np.ndarray:
@@ -119,8 +154,12 @@ def _transformed(counts: Any, totals: np.ndarray, embedder: Embedder) -> tuple[A
 
 def _embedded(rows: np.ndarray, counts: csr_matrix, embedder: Embedder) -> np.ndarray:
     embedding = embedder.embed(rows)
-    embedding[np.diff(counts.indptr) == 0] = np.nan
+    embedding[_without_counts(counts)] = np.nan
     return embedding
+
+
+def _without_counts(counts: csr_matrix) -> np.ndarray:
+    return np.diff(counts.indptr) == 0
 
 
 def _row_sums(graph: Graph, start: int, stop: int) -> np.ndarray:
@@ -135,9 +174,43 @@ def compute(inputs: dict[str, str], start: int, stop: int, settings: dict[str, A
     """Task body: read a slice and its graph, embed one tile."""
     config = PropagationConfig(**settings)
     panel, totals, ready = _open(inputs, embedder, embedder_digest)
-    targets = read_rows(inputs["graph"], "target_nonzeros", start, stop) if config.cap_final else None
-    graph = _tile_graph(inputs["graph"], start, stop)
+    targets, graph = _targets(inputs["graph"], start, stop, config), _tile_graph(inputs["graph"], start, stop)
     return {"X_fp": run_tile(panel, graph, totals, ready, start=start, stop=stop, settings=config, targets=targets)}
+
+
+def compute_tiles(
+    inputs: dict[str, str], starts: list[int], settings: dict[str, Any], embedder: dict[str, Any],
+    embedder_digest: str, in_memory: bool, depth: int, encoding: dict[str, str] | None,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:  # fmt: skip
+    """Task body: stream tiles through the embedder, and through the frozen encoder with an `encoding`.
+
+    `in_memory` counts are read once for all tiles, others once for each. At most `depth` tiles are prepared ahead.
+    """
+    config = PropagationConfig(**settings)
+    panel, totals, ready = _open(inputs, embedder, embedder_digest, in_memory=in_memory)
+    tile_cells = SliceStore(inputs["slice"]).tile_cells
+    counts = panel.shared_counts
+    scaled = _transformed(counts, totals, ready)
+    encoder = streaming.frozen_encoder(encoding["model_path"]) if encoding else None
+
+    def prepare(start: int) -> tuple[int, np.ndarray, Any]:
+        stop = min(start + tile_cells, panel.n_cells)
+        targets, graph = _targets(inputs["graph"], start, stop, config), _tile_graph(inputs["graph"], start, stop)
+        rows = mixed_rows(graph, scaled, start=start, stop=stop, settings=config, targets=targets)
+        return start, _without_counts(counts[start:stop]), streaming.prepare_rows(ready, rows)
+
+    def finish(tile: tuple[int, np.ndarray, Any]) -> tuple[int, dict[str, np.ndarray]]:
+        start, empty, prepared = tile
+        if encoding is None or encoder is None:
+            arrays = {"X_fp": streaming.finish_rows(ready, prepared)}
+        else:
+            embedding, latents = streaming.finish_encoded(ready, prepared, encoder, encoding["platform"])
+            arrays = {"X_fp": embedding, "X_lloki": latents}
+        for values in arrays.values():
+            values[empty] = np.nan
+        return start, {**arrays, "X_fp": arrays["X_fp"].astype(np.float16)}
+
+    return streaming.stream(starts, prepare, finish, depth=depth)
 
 
 def compute_plain(inputs: dict[str, str], start: int, stop: int, embedder: dict[str, Any], embedder_digest: str
@@ -156,8 +229,10 @@ def compute_diffused(inputs: dict[str, str], plain: str, start: int, stop: int, 
     return {"X_fp": diffuse_embedding(graph, rows, start=start, stop=stop, settings=PropagationConfig(**settings))}
 
 
-def _open(inputs: dict[str, str], embedder: dict[str, Any], digest: str) -> tuple[PanelCounts, np.ndarray, Embedder]:
-    panel = panel_counts(SliceStore(inputs["slice"]), reference_symbols(inputs["reference"]), in_memory=False)
+def _open(
+    inputs: dict[str, str], embedder: dict[str, Any], digest: str, *, in_memory: bool = False
+) -> tuple[PanelCounts, np.ndarray, Embedder]:
+    panel = panel_counts(SliceStore(inputs["slice"]), reference_symbols(inputs["reference"]), in_memory=in_memory)
     statistics = read_arrays(inputs["statistics"])
     config = EmbedderConfig(**embedder)
     factory = embedder_factory(config.name)
@@ -168,6 +243,10 @@ def _open(inputs: dict[str, str], embedder: dict[str, Any], digest: str) -> tupl
         )
     ready = factory.open(config, panel.symbols, read_arrays(inputs["panel"]), statistics)
     return panel, statistics["totals"], ready
+
+
+def _targets(graph_path: str, start: int, stop: int, config: PropagationConfig) -> np.ndarray | None:
+    return read_rows(graph_path, "target_nonzeros", start, stop) if config.cap_final else None
 
 
 def _tile_graph(path: str, start: int, stop: int) -> Graph:
@@ -181,8 +260,28 @@ def _tile_graph(path: str, start: int, stop: int) -> Graph:
     )
 
 
-def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str], *, embedder_digest: str) -> list[Task]:
-    """One task per tile, and one that publishes the slice's embedding when all tiles are there."""
+def plan_stage(
+    catalog: Catalog,
+    record: SliceRecord,
+    keys: dict[str, str],
+    *,
+    embedder_digest: str,
+    device_memory_mb: int | None = None,
+    encoding: tuple[dict[str, str], Output] | None = None,
+) -> list[Task]:
+    """Tasks of one tile, or of several for a device, and one that publishes the slice's embedding.
+
+    Parameters
+    ----------
+    catalog, record, keys
+        The slice and the keys of its stages.
+    embedder_digest
+        Of the embedder that the catalog was created with.
+    device_memory_mb
+        Most that may be taken of a GPU, in 2^20 bytes; what the settings say when None.
+    encoding
+        Of an embedder that uses a device: what the tasks need to encode the tiles as well, and where that goes.
+    """
     config = atlas_config(catalog)
     store = SliceStore(catalog.path("slices", keys["ingest"]))
     inputs = {
@@ -192,101 +291,93 @@ def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str], *, e
         "panel": str(catalog.path("panels", keys["reference"])),
         "graph": str(catalog.path("graphs", keys["propagate"])),
     }
-    final = str(catalog.path("embeddings", keys["embed"]))
+    embedder = config.embedder
+    if device_memory_mb is not None:
+        embedder = replace(embedder, device_memory_mb=device_memory_mb)
     settings = {"settings": to_dict(config.propagation)}
-    ready = {"embedder": to_dict(config.embedder), "embedder_digest": embedder_digest}
+    ready = {"embedder": to_dict(embedder), "embedder_digest": embedder_digest}
     lineage = {"stage": "embed", "graph": keys["propagate"], "panel": keys["reference"], "embedder": embedder_digest}
-    edges = config.tile.tile_cells * (2 * config.propagation.n_neighbors + 1) * 8 * 2 + record.n_cells * 24
-
-    def memory(cells: int) -> int:
-        sums = cells * max(store.n_genes, EMBEDDING_SIZE) * 12
-        return streamed_memory(store) + cells * store.n_genes * 12 + sums + cells * EMBEDDING_SIZE * 12 + edges
-
-    def tiles(function: str, arguments: dict[str, Any], array: tuple[str, int, str], **place: str) -> list[Task]:
+    output = tiled_output(catalog, record, keys["embed"], array=("X_fp", EMBEDDING_SIZE, "float16"), lineage=lineage)
+    if config.propagation.diffuse == "embedding":
+        return _plan_embedding_first(catalog, record, output, inputs=inputs, settings=settings, ready=ready)
+    if not streaming.uses_device(embedder):
         return tile_tasks(
-            catalog,
             record,
+            output,
             stage="embed",
-            key=keys["embed"],
-            function=f"lloki_atlas.stages.embed:{function}",
-            arguments={"inputs": inputs, **arguments},
-            array=array,
-            lineage=lineage,
-            memory=memory,
-            **place,
+            function="lloki_atlas.stages.embed:compute",
+            arguments={"inputs": inputs, **settings, **ready},
+            memory=lambda cells: streamed_memory(store) + _tile_memory(store, cells, config.propagation),
         )
+    in_memory = store.n_counts * ENTRY_BYTES <= config.tile.slice_memory_mb * 2**20
+    cells = min(store.tile_cells, record.n_cells)
+    held = store.n_counts if in_memory else read_entries(store.n_cells, store.n_genes, store.n_counts)
+    once, each = (held, 0) if in_memory else (0, held)
+    tile_bytes = _tile_memory(store, cells, config.propagation) + each * ENTRY_BYTES
+    shared = once * ENTRY_BYTES + record.n_cells * CELL_BYTES + 64 * 2**20
+    return device_tasks(
+        record,
+        output,
+        stage="embed",
+        function="lloki_atlas.stages.embed:compute_tiles",
+        arguments={
+            "inputs": inputs,
+            **settings,
+            **ready,
+            "in_memory": in_memory,
+            "depth": streaming.queue_depth(tile_bytes),
+            "encoding": encoding[0] if encoding else None,
+        },
+        memory=lambda n_tiles: shared + streaming.queue_bytes(n_tiles, tile_bytes),
+        tiles_per_task=streaming.TILES_PER_TASK,
+        also=(encoding[1],) if encoding else (),
+    )
 
-    if config.propagation.diffuse == "counts":
-        return tiles("compute", {**settings, **ready}, ("X_fp", EMBEDDING_SIZE, "float16"))
-    if is_complete(final):  # embeddings without diffusion are no longer there
-        return []
-    plain = str(catalog.path("staging", f"{keys['embed']}.plain"))
-    read = READ_ROWS * EMBEDDING_SIZE * 20  # dense embeddings as sparse rows
-    first = tiles("compute_plain", ready, ("plain", EMBEDDING_SIZE, "float32"), path=plain, until=final, step="plain")
-    second = tiles("compute_diffused", {**settings, "plain": plain}, ("X_fp", EMBEDDING_SIZE, "float16"))
-    return [*first, *(replace(task, projected_memory=task.projected_memory + read) for task in second)]
 
-
-def tile_tasks(
+def _plan_embedding_first(
     catalog: Catalog,
     record: SliceRecord,
+    output: Output,
     *,
-    stage: str,
-    key: str,
-    function: str,
-    arguments: dict[str, Any],
-    array: tuple[str, int, str],
-    lineage: dict[str, Any],
-    memory: Any,
-    path: str = "",
-    until: str = "",
-    step: str = "",
+    inputs: dict[str, str],
+    settings: dict[str, Any],
+    ready: dict[str, Any],
 ) -> list[Task]:
-    """Tasks that fill one (n_cells, size) array of a slice tile by tile, and the one that publishes it.
+    """Tasks that embed single cells, and tasks that diffuse what those made."""
+    if is_complete(output.path):  # embeddings without diffusion are no longer there
+        return []
+    config, store = PropagationConfig(**settings["settings"]), SliceStore(inputs["slice"])
+    plain = f"{output.staging}.plain"
 
-    The array is a stage's own output, or one on the way to it: then at `path`, superfluous once `until` is there, and
-    with `step` in the names of its tasks.
-    """
-    name, size, dtype = array
-    prefix = f"{stage}/{record.slice_id}" + (f"/{step}" if step else "")
-    tile_cells = SliceStore(catalog.path("slices", record.objects["ingest"])).tile_cells
-    output = Output(
-        path=path or str(catalog.path("embeddings", key)),
-        staging=f"{path}.new" if path else str(catalog.path("staging", key)),
-        lineage=lineage,
-        attributes={"slice_id": record.slice_id},
-        specs={
-            name: ArraySpec(
-                shape=(record.n_cells, size),
-                dtype=dtype,
-                chunk_rows=min(tile_cells, record.n_cells),
-                dims=("cell", f"{name}_dimension"),
-                attributes={},
-            )
-        },
+    def memory(cells: int) -> int:
+        return streamed_memory(store) + _tile_memory(store, cells, config)
+
+    read = READ_ROWS * EMBEDDING_SIZE * 20  # dense embeddings as sparse rows
+    first = tile_tasks(
+        record,
+        tiled_output(
+            catalog, record, "", array=("plain", EMBEDDING_SIZE, "float32"), lineage=dict(output.lineage), path=plain
+        ),
+        stage="embed",
+        function="lloki_atlas.stages.embed:compute_plain",
+        arguments={"inputs": inputs, **ready},
+        memory=memory,
+        until=output.path,
+        step="plain",
     )
-    tiles = [
-        Task(
-            name=f"{prefix}/{start}",
-            stage=stage,
-            function=function,
-            arguments={**arguments, "start": start, "stop": min(start + tile_cells, record.n_cells)},
-            output=replace(output, rows=start),
-            n_cells=0 if step else min(tile_cells, record.n_cells - start),
-            projected_memory=memory(min(tile_cells, record.n_cells)),
-            slice_id=record.slice_id,
-            until=until,
-        )
-        for start in range(0, record.n_cells, tile_cells)
-    ]
-    publish = Task(
-        name=f"{prefix}/publish",
-        stage=stage,
-        function="",
-        arguments={},
-        output=output,
-        requires=tuple(tile.name for tile in tiles),
-        slice_id=record.slice_id,
-        until=until,
+    second = tile_tasks(
+        record,
+        output,
+        stage="embed",
+        function="lloki_atlas.stages.embed:compute_diffused",
+        arguments={"inputs": inputs, **settings, "plain": plain},
+        memory=lambda cells: memory(cells) + read,
     )
-    return [*tiles, publish]
+    return [*first, *second]
+
+
+def _tile_memory(store: SliceStore, cells: int, settings: PropagationConfig) -> int:
+    """Bytes of one tile between reading and writing: rows, sums, vectors, its part of the graph."""
+    sums = cells * max(store.n_genes, EMBEDDING_SIZE) * 12
+    edges = cells * (2 * settings.n_neighbors + 1) * 8 * 2 + store.n_cells * 24
+    return cells * store.n_genes * 12 + sums + cells * EMBEDDING_SIZE * 12 + edges

@@ -12,8 +12,9 @@ from lloki_atlas.config import AutoencoderConfig, to_dict
 from lloki_atlas.engine.plan import Output, Task
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.hashing import text_key
-from lloki_atlas.stages.embed import tile_tasks
+from lloki_atlas.stages.filling import publish_task, tile_tasks, tiled_output
 from lloki_atlas.stages.lineage import atlas_config
+from lloki_atlas.stages.streaming import frozen_encoder
 from lloki_atlas.store.arrays import read_arrays, read_rows
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
@@ -39,10 +40,8 @@ def run_tile(embedding: np.ndarray, platform: str, encoder: FrozenEncoder) -> np
 
 def compute(embedding_path: str, model_path: str, platform: str, start: int, stop: int) -> dict[str, np.ndarray]:
     """Task body: read a tile's 512-d embedding, encode it."""
-    from lloki_atlas.models.training import load_encoder
-
     rows = read_rows(embedding_path, "X_fp", start, stop)
-    return {"X_lloki": run_tile(rows, platform, load_encoder(model_path))}
+    return {"X_lloki": run_tile(rows, platform, frozen_encoder(model_path))}
 
 
 def train(folder: str, samples: list[dict[str, Any]], settings: dict[str, Any], label_key: str | None) -> None:
@@ -160,20 +159,50 @@ def plan_training(
     )
 
 
-def plan_stage(catalog: Catalog, record: SliceRecord, keys: dict[str, str], *, model_key: str) -> list[Task]:
-    """One task per tile, and one that publishes."""
+def plan_stage(
+    catalog: Catalog,
+    record: SliceRecord,
+    keys: dict[str, str],
+    *,
+    model_key: str,
+    encoded_by: tuple[str, ...] = (),
+) -> list[Task]:
+    """One task per tile, and one that publishes; that one alone when the tasks `encoded_by` encode while they embed."""
+    output = _output(catalog, record, keys, model_key)
+    if encoded_by:
+        prefix = f"integrate/{record.slice_id}"
+        return [
+            publish_task(record, output, stage="integrate", prefix=prefix, requires=encoded_by, n_cells=record.n_cells)
+        ]
     return tile_tasks(
-        catalog,
         record,
+        output,
         stage="integrate",
-        key=keys["integrate"],
         function="lloki_atlas.stages.integrate:compute",
         arguments={
             "embedding_path": str(catalog.path("embeddings", keys["embed"])),
-            "model_path": str(catalog.path("models", model_key)),
-            "platform": platform_name(record),
+            **_encoding(catalog, record, model_key),
         },
+        memory=lambda cells: cells * (512 * 4 * 2 + LATENT_SIZE * 8) + 128 * 2**20,
+    )
+
+
+def plan_encoding(
+    catalog: Catalog, record: SliceRecord, keys: dict[str, str], *, model_key: str
+) -> tuple[dict[str, str], Output]:
+    """What a task that embeds needs to encode its tiles as well, and where they go."""
+    return _encoding(catalog, record, model_key), _output(catalog, record, keys, model_key)
+
+
+def _encoding(catalog: Catalog, record: SliceRecord, model_key: str) -> dict[str, str]:
+    return {"model_path": str(catalog.path("models", model_key)), "platform": platform_name(record)}
+
+
+def _output(catalog: Catalog, record: SliceRecord, keys: dict[str, str], model_key: str) -> Output:
+    return tiled_output(
+        catalog,
+        record,
+        keys["integrate"],
         array=("X_lloki", LATENT_SIZE, "float32"),
         lineage={"stage": "integrate", "embedding": keys["embed"], "model": model_key},
-        memory=lambda cells: cells * (512 * 4 * 2 + LATENT_SIZE * 8) + 128 * 2**20,
     )

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lloki_atlas.config import to_dict
-from lloki_atlas.engine.plan import Outcome, Plan, Task, link
+from lloki_atlas.engine.plan import Outcome, Output, Plan, Task, link
 from lloki_atlas.errors import InputError
-from lloki_atlas.stages import embed, integrate, propagate_tasks, reference, tile
+from lloki_atlas.stages import embed, integrate, propagate_tasks, reference, streaming, tile
 from lloki_atlas.stages.lineage import (
     STAGES,
     atlas_config,
@@ -39,6 +39,7 @@ def plan(
     until: str = "integrate",
     train_on: Iterable[str] | None = None,
     label_key: str | None = None,
+    device_memory_mb: int | None = None,
 ) -> Plan:
     """Plan everything that is missing or stale.
 
@@ -55,6 +56,8 @@ def plan(
         trained again on its own slices if their embeddings or its settings have changed, and left alone otherwise.
     label_key
         Column of cell types that refines the pairs of a first training; None trains without labels.
+    device_memory_mb
+        Most that this run takes of a GPU, in 2^20 bytes; what the settings of the embedder say when None.
 
     Returns
     -------
@@ -82,7 +85,8 @@ def plan(
     tasks: dict[str, Task] = {}
     digest = _embedder_digest(catalog)
     for name, record in {**trained, **records}.items():
-        for task in _slice_tasks(catalog, record, keys[name], wanted, digest):
+        encoding = _encoding(catalog, record, keys[name], model) if name in records else None
+        for task in _slice_tasks(catalog, record, keys[name], wanted, digest, device_memory_mb, encoding):
             tasks.setdefault(task.name, task)
     if model is not None:
         if model.train:
@@ -92,7 +96,8 @@ def plan(
             tasks[task.name] = task
         for name, record in records.items():
             keys[name]["integrate"] = integrate_key(keys[name]["embed"], model.key)
-            for task in integrate.plan_stage(catalog, record, keys[name], model_key=model.key):
+            encoded_by = tuple(task.name for task in tasks.values() if task.slice_id == name and task.also)
+            for task in integrate.plan_stage(catalog, record, keys[name], model_key=model.key, encoded_by=encoded_by):
                 tasks[task.name] = task
     missing = [task for task in tasks.values() if not is_complete(task.output.path)]
     chosen = {name: {stage: keys[name][stage] for stage in wanted} for name in records}
@@ -100,12 +105,18 @@ def plan(
 
 
 def run(
-    catalog: Catalog, *, client: Any = None, progress: bool = True, n_workers: int | None = None, **choice: Any
+    catalog: Catalog,
+    *,
+    client: Any = None,
+    progress: bool = True,
+    n_workers: int | None = None,
+    n_gpus: int | None = None,
+    **choice: Any,
 ) -> Catalog:
     """Plan and run; `choice` is passed on to `plan`. Returns the catalog at the version that holds the results."""
     if catalog.mode == "r":
         raise InputError(f"{catalog.root} is open for reading: open it with mode='r+' to run")
-    return plan(catalog, **choice).run(client, progress=progress, n_workers=n_workers)
+    return plan(catalog, **choice).run(client, progress=progress, n_workers=n_workers, n_gpus=n_gpus)
 
 
 def train_autoencoder(
@@ -117,6 +128,8 @@ def train_autoencoder(
     client: Any = None,
     progress: bool = True,
     n_workers: int | None = None,
+    n_gpus: int | None = None,
+    device_memory_mb: int | None = None,
 ) -> Catalog:
     """Train the autoencoder anew, on all slices or on some, and encode the whole atlas with it.
 
@@ -130,8 +143,10 @@ def train_autoencoder(
         Column of cell types that refines positives and negatives.
     random_state
         Seed; the atlas's own when None.
-    client, progress, n_workers
-        As for `run`.
+    client, progress, n_workers, n_gpus
+        As for `Plan.run`.
+    device_memory_mb
+        As for `plan`.
 
     Returns
     -------
@@ -145,7 +160,16 @@ def train_autoencoder(
         # what the run would refuse is refused before the seed becomes a version
         plan(dataclasses.replace(catalog, state=catalog.state.apply(change)), train_on=chosen, label_key=label_key)
         catalog = commit(catalog, change, message=f"autoencoder random_state {random_state}")
-    return run(catalog, client=client, progress=progress, n_workers=n_workers, train_on=chosen, label_key=label_key)
+    return run(
+        catalog,
+        client=client,
+        progress=progress,
+        n_workers=n_workers,
+        n_gpus=n_gpus,
+        train_on=chosen,
+        label_key=label_key,
+        device_memory_mb=device_memory_mb,
+    )
 
 
 @dataclass(frozen=True)
@@ -196,8 +220,29 @@ def _embed_key(catalog: Catalog, slice_id: str) -> str:
     return expected_objects(catalog, catalog.slice(slice_id))["embed"]
 
 
+def _encoding(
+    catalog: Catalog, record: SliceRecord, keys: dict[str, str], model: _Model | None
+) -> tuple[dict[str, str], Output] | None:
+    """How the tasks that embed a slice encode it as well: with a model that is there, from a device."""
+    config = atlas_config(catalog)
+    if model is None or model.train or config.propagation.diffuse != "counts":
+        return None
+    if not streaming.uses_device(config.embedder):
+        return None
+    keys = {**keys, "integrate": integrate_key(keys["embed"], model.key)}
+    if any(is_complete(catalog.path("embeddings", keys[stage])) for stage in ("embed", "integrate")):
+        return None
+    return integrate.plan_encoding(catalog, record, keys, model_key=model.key)
+
+
 def _slice_tasks(
-    catalog: Catalog, record: SliceRecord, keys: dict[str, str], wanted: tuple[str, ...], embedder_digest: str
+    catalog: Catalog,
+    record: SliceRecord,
+    keys: dict[str, str],
+    wanted: tuple[str, ...],
+    embedder_digest: str,
+    device_memory_mb: int | None,
+    encoding: tuple[dict[str, str], Output] | None,
 ) -> Iterator[Task]:
     if "tile" in wanted:
         yield from tile.plan_stage(catalog, record, keys)
@@ -206,7 +251,14 @@ def _slice_tasks(
     if "propagate" in wanted:
         yield from propagate_tasks.plan_stage(catalog, record, keys)
     if "embed" in wanted:
-        yield from embed.plan_stage(catalog, record, keys, embedder_digest=embedder_digest)
+        yield from embed.plan_stage(
+            catalog,
+            record,
+            keys,
+            embedder_digest=embedder_digest,
+            device_memory_mb=device_memory_mb,
+            encoding=encoding,
+        )
 
 
 def _embedder_digest(catalog: Catalog) -> str:
@@ -220,10 +272,9 @@ def _commit(catalog: Catalog, chosen: Keys, model: _Model | None, outcome: Outco
     for name, keys in chosen.items():
         record = catalog.slice(name)
         held = {stage: key for stage, key in keys.items() if is_complete(catalog.path(STAGE_KINDS[stage], key))}
-        if "propagate" in held:
-            clean_up(catalog, held["propagate"])
-        if "embed" in held:
-            clean_up(catalog, held["embed"])
+        for stage in ("propagate", "embed", "integrate"):
+            if stage in held:
+                clean_up(catalog, held[stage])
         if {**record.objects, **held} != dict(record.objects):
             slices[name] = dataclasses.replace(record, objects={**record.objects, **held})
     models = {}

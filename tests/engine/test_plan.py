@@ -98,7 +98,7 @@ def test_a_tile_writes_its_rows_and_says_so(tmp_path):
     values = read_arrays(first.output.staging)["values"]
     np.testing.assert_array_equal(values[:TILE_ROWS], EXPECTED[:TILE_ROWS])
     assert np.isnan(values[TILE_ROWS:]).all()
-    assert first.output.marker.exists()
+    assert first.output.marker(0).exists()
 
 
 def test_tiles_are_no_object_before_they_are_published(tmp_path):
@@ -168,7 +168,7 @@ def test_a_tile_whose_marker_was_never_written_is_computed_again_with_the_same_b
     first, *_ = tile_tasks(tmp_path, "tiled")
     run_task(first)
     before = folder_digest(tmp_path / "staging")
-    first.output.marker.unlink()
+    first.output.marker(0).unlink()
     run_task(first)
     assert folder_digest(tmp_path / "staging") == before
     assert len(notes(tmp_path / "log")) == 2
@@ -299,12 +299,12 @@ def test_rows_that_are_not_what_their_marker_says_are_not_published(tmp_path):
     spec = ArraySpec((4, 2), "float32", 2, ("row", "column"))
     output = Output(str(tmp_path / "done.zarr"), str(tmp_path / "staging"), {}, specs={"x": spec})
     for start in (0, 2):
-        tile = replace(output, rows=start)
+        tile = replace(output, tiles=(start,))
         run_task(Task(f"tile {start}", "embed", "support.tasks:ones", {"shape": [2, 2]}, tile))
     write_rows(output.staging, "x", 2, np.zeros((2, 2), np.float32))
     with pytest.raises(FormatError, match="run again"):
         run_task(Task("publish", "embed", "", {}, output))
-    run_task(Task("tile 2", "embed", "support.tasks:ones", {"shape": [2, 2]}, replace(output, rows=2)))
+    run_task(Task("tile 2", "embed", "support.tasks:ones", {"shape": [2, 2]}, replace(output, tiles=(2,))))
     run_task(Task("publish", "embed", "", {}, output))
     assert (read_arrays(output.path)["x"] == 1).all()
 

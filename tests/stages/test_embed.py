@@ -110,7 +110,7 @@ def planned(built):
 def test_tiles_cover_the_slice_once_and_in_order(planned):
     bounds = [(task.arguments["start"], task.arguments["stop"]) for task in planned[:-1]]
     assert bounds == [(0, 32), (32, N_CELLS)]
-    assert [task.output.rows for task in planned[:-1]] == [0, 32]
+    assert [task.output.tiles for task in planned[:-1]] == [(0,), (32,)]
 
 
 def test_cells_of_tiles_add_up_to_the_slice(planned):
@@ -119,7 +119,7 @@ def test_cells_of_tiles_add_up_to_the_slice(planned):
 
 def test_the_last_task_publishes_after_all_tiles(planned):
     publish = planned[-1]
-    assert (publish.function, publish.output.rows) == ("", None)
+    assert (publish.function, publish.output.tiles) == ("", ())
     assert publish.requires == tuple(task.name for task in planned[:-1])
 
 

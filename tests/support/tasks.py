@@ -123,7 +123,7 @@ def tile_tasks(root: Path, name: str, *, broken: tuple[int, ...] = ()) -> list[T
                 stage="second",
                 function="support.tasks:refuse" if start in broken else "support.tasks:numbers",
                 arguments=arguments,
-                output=Output(**output, rows=start),
+                output=Output(**output, tiles=(start,)),
                 n_cells=TILE_ROWS,
             )
         )
