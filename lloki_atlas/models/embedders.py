@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -58,8 +59,9 @@ class Embedder(Protocol):
 class EmbedderFactory(Protocol):
     """What an entry point of the group `lloki_atlas.embedders` provides.
 
-    One may also have `uses_device(config) -> bool`: whether its embedders want a worker with a GPU. Such embedders may
-    split `embed` into `prepare(rows)`, on the host and in any thread, and `finish(prepared)`, on the device.
+    One may also have `uses_device(config) -> bool`, whether its embedders want a worker with a GPU, and
+    `host_memory(config) -> int`, the bytes that one keeps in a worker. Embedders may split `embed` into
+    `prepare(rows)`, on the host and in any thread, and `finish(prepared)`, on the device.
     """
 
     def fit_panel(self, config: EmbedderConfig, reference: ReferenceFactors) -> dict[str, np.ndarray]:
@@ -190,6 +192,10 @@ class ScGPTFactory:
     def uses_device(self, config: EmbedderConfig) -> bool:
         """Whether a worker with a GPU should have the work."""
         return config.device != "cpu"
+
+    def host_memory(self, config: EmbedderConfig) -> int:
+        """Bytes of host memory at the peak: loading a checkpoint holds its file, its state and both tables."""
+        return 4 * (Path(str(config.checkpoint)) / "best_model.pt").stat().st_size + 128 * 2**20
 
 
 _BUILT_IN: dict[str, Callable[[], EmbedderFactory]] = {"reference": ReferenceFactory, "scgpt": ScGPTFactory}

@@ -16,7 +16,7 @@ from typing import Any
 from lloki_atlas.config import to_dict
 from lloki_atlas.engine.plan import Outcome, Output, Plan, Task, link
 from lloki_atlas.errors import InputError
-from lloki_atlas.stages import embed, integrate, propagate_tasks, reference, streaming, tile
+from lloki_atlas.stages import embed_tasks, integrate, propagate_tasks, reference, streaming, tile
 from lloki_atlas.stages.lineage import (
     STAGES,
     atlas_config,
@@ -251,7 +251,7 @@ def _slice_tasks(
     if "propagate" in wanted:
         yield from propagate_tasks.plan_stage(catalog, record, keys)
     if "embed" in wanted:
-        yield from embed.plan_stage(
+        yield from embed_tasks.plan_stage(
             catalog,
             record,
             keys,

@@ -45,6 +45,12 @@ def uses_device(config: EmbedderConfig) -> bool:
     return asked is not None and bool(asked(config))
 
 
+def host_memory(config: EmbedderConfig) -> int:
+    """Bytes of a worker that the embedder keeps, at most; 0 of one that does not say."""
+    asked = getattr(embedder_factory(config.name), "host_memory", None)
+    return 0 if asked is None else int(asked(config))
+
+
 def queue_depth(tile_bytes: int) -> int:
     """Tiles that may be prepared ahead, when each takes so many bytes."""
     return min(MAX_DEPTH, max(1, QUEUE_BYTES // max(tile_bytes, 1) - _IN_HAND))

@@ -19,7 +19,7 @@ from lloki_atlas.errors import CheckpointError
 from lloki_atlas.kernels.graph import Graph
 from lloki_atlas.kernels.rows import Rows
 from lloki_atlas.models.embedders import EMBEDDING_SIZE
-from lloki_atlas.stages import embed
+from lloki_atlas.stages import embed, embed_tasks
 from lloki_atlas.stages.lineage import expected_objects
 from lloki_atlas.stages.panels import PanelCounts, select_panel
 from lloki_atlas.stages.pipeline import plan
@@ -104,7 +104,7 @@ def test_any_split_into_tiles_gives_the_same_bytes(cuts):
 def planned(built):
     catalog = open_catalog(built)
     record = catalog.slice("simfish_1")
-    return embed.plan_stage(catalog, record, expected_objects(catalog, record), embedder_digest="digest")
+    return embed_tasks.plan_stage(catalog, record, expected_objects(catalog, record), embedder_digest="digest")
 
 
 def test_tiles_cover_the_slice_once_and_in_order(planned):
@@ -135,7 +135,7 @@ def test_a_chunk_is_a_tile(planned):
 def test_a_tile_larger_than_its_slice_is_cut_to_it(built):
     catalog = open_catalog(built)
     record = dataclasses.replace(catalog.slice("simfish_1"), n_cells=20)
-    first, publish = embed.plan_stage(
+    first, publish = embed_tasks.plan_stage(
         catalog, record, expected_objects(catalog, catalog.slice("simfish_1")), embedder_digest="digest"
     )
     assert (first.arguments["stop"], first.n_cells, first.output.specs["X_fp"].chunk_rows) == (20, 20, 20)
@@ -159,7 +159,7 @@ def plan_of_embed(catalog):
     record = catalog.slice("simfish_1")
     path = catalog.path("models", catalog.state.models["embedder"]) / "embedder.json"
     digest = json.loads(path.read_bytes())["digest"]
-    return embed.plan_stage(catalog, record, expected_objects(catalog, record), embedder_digest=digest)
+    return embed_tasks.plan_stage(catalog, record, expected_objects(catalog, record), embedder_digest=digest)
 
 
 def test_another_embedder_than_the_one_of_the_catalog_is_refused(built, tmp_path):

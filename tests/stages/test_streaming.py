@@ -38,7 +38,7 @@ from lloki_atlas.config import EmbedderConfig, TileConfig
 from lloki_atlas.engine.devices import HOST_THREADS
 from lloki_atlas.engine.plan import Plan, run_task
 from lloki_atlas.models.embedders import EMBEDDING_SIZE, embedder_factory
-from lloki_atlas.stages import embed, streaming
+from lloki_atlas.stages import embed, embed_tasks, streaming
 from lloki_atlas.stages.lineage import atlas_config, expected_objects
 from lloki_atlas.stages.pipeline import plan, run, train_autoencoder
 from lloki_atlas.store.catalog import open_catalog, verify
@@ -224,25 +224,25 @@ def separately(grown, tmp_path_factory):
         return run_here(plan(copied(grown, root)))
 
 
-def embed_tasks(made):
+def tasks_of_embed(made):
     return [task for task in made.tasks if task.stage == "embed" and task.function]
 
 
 def test_a_slice_is_one_device_task_of_all_its_tiles(scgpt_root):
-    tasks = embed_tasks(plan(open_catalog(scgpt_root)))
+    tasks = tasks_of_embed(plan(open_catalog(scgpt_root)))
     assert [(task.slice_id, task.output.tiles) for task in tasks] == [(name, STARTS) for name in sorted(SLICES)]
     assert all(task.device and task.streams and task.n_cells == N_CELLS for task in tasks)
 
 
 def test_a_large_slice_is_several_device_tasks(scgpt_root, monkeypatch):
     monkeypatch.setattr(streaming, "TILES_PER_TASK", 3)
-    tasks = embed_tasks(plan(open_catalog(scgpt_root), slices=["simfish_1"]))
+    tasks = tasks_of_embed(plan(open_catalog(scgpt_root), slices=["simfish_1"]))
     assert [(task.output.tiles, task.n_cells) for task in tasks] == [(STARTS[:3], 48), (STARTS[3:], N_CELLS - 48)]
 
 
 def test_an_embedder_without_a_device_has_one_task_a_tile(scgpt_root):
     with without_device():
-        tasks = embed_tasks(plan(open_catalog(scgpt_root), slices=["simfish_1"]))
+        tasks = tasks_of_embed(plan(open_catalog(scgpt_root), slices=["simfish_1"]))
     assert [task.output.tiles for task in tasks] == [(start,) for start in STARTS]
     assert not any(task.device or task.streams for task in tasks)
 
@@ -285,7 +285,7 @@ def task_of(catalog):
     """The task that would embed the new slice, whether or not it is embedded."""
     record = catalog.slice(NEW)
     digest = embedder_factory("scgpt").digest(atlas_config(catalog).embedder)
-    return embed.plan_stage(catalog, record, expected_objects(catalog, record), embedder_digest=digest)[0]
+    return embed_tasks.plan_stage(catalog, record, expected_objects(catalog, record), embedder_digest=digest)[0]
 
 
 def test_counts_are_held_in_memory_up_to_the_slice_memory(grown, tmp_path):
@@ -306,7 +306,7 @@ def test_a_task_of_more_tiles_is_projected_to_need_more_up_to_its_queue(grown, m
 
 def test_a_new_slice_is_encoded_by_the_tasks_that_embed_it(grown):
     made = plan(open_catalog(grown))
-    (task,) = embed_tasks(made)
+    (task,) = tasks_of_embed(made)
     assert [output.tiles for output in task.outputs] == [STARTS, STARTS]
     (publish,) = (task for task in made.tasks if task.stage == "integrate")
     assert (publish.function, publish.requires, publish.n_cells) == ("", (task.name,), N_CELLS)
@@ -344,7 +344,7 @@ def test_an_interrupted_task_goes_on_with_the_same_bytes(grown, separately, tmp_
             run_task(task)
             break
         run_task(task)
-    (left,) = embed_tasks(plan(catalog))
+    (left,) = tasks_of_embed(plan(catalog))
     assert [output.missing() for output in left.outputs] == [STARTS[done:]] * 2
     assert all_bytes(run_here(plan(catalog))) == all_bytes(separately)
 
@@ -374,7 +374,7 @@ def test_a_run_until_the_embedding_encodes_nothing(grown):
 
 def test_device_memory_of_a_run_reaches_its_tasks_and_no_key(grown):
     catalog = open_catalog(grown)
-    usual, small = (embed_tasks(plan(catalog, device_memory_mb=mb))[0] for mb in (None, 77))
+    usual, small = (tasks_of_embed(plan(catalog, device_memory_mb=mb))[0] for mb in (None, 77))
     assert usual.arguments["embedder"]["device_memory_mb"] == EmbedderConfig().device_memory_mb
     assert small.arguments["embedder"]["device_memory_mb"] == 77
     assert [output.path for output in small.outputs] == [output.path for output in usual.outputs]
