@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -82,6 +85,33 @@ def digest_of(config, **change):
 @pytest.mark.parametrize(("device", "wanted"), [("auto", True), ("cuda", True), ("cpu", False)])
 def test_a_gpu_is_wanted_unless_the_cpu_is_asked_for(config, device, wanted):
     assert ScGPTFactory().uses_device(EmbedderConfig(**{**vars(config), "device": device})) == wanted
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from lloki_atlas.config import EmbedderConfig
+from lloki_atlas.models.embedders import ScGPTFactory
+from lloki_atlas.models import streaming
+
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+config = EmbedderConfig(name="scgpt", checkpoint=sys.argv[1], device="cpu")
+before = status("VmRSS")
+streaming.resident_model(config)
+print(status("VmHWM") - before, ScGPTFactory().host_memory(config))
+"""
+
+
+def test_loading_keeps_to_the_memory_that_is_projected(tmp_path):
+    folder = write_checkpoint(tmp_path, genes=[f"G{i}" for i in range(4000)], embsize=512, nheads=8, nlayers=6)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder)], check=True, capture_output=True, text=True, env={**os.environ}
+    )
+    measured, projected = map(int, done.stdout.split())
+    size = (folder / "best_model.pt").stat().st_size
+    assert size < measured <= projected <= 4 * size + 2**28
 
 
 def test_a_model_wider_than_the_store_is_refused(tmp_path):
