@@ -158,11 +158,10 @@ def _queries_keys_values(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, .
     weight, bias = layer.qkv
     width = x.shape[-1]
     if x.is_cuda:  # the bias comes with the product for nothing
-        joint = linear(x, weight.t(), bias)
-    else:
-        joint = _product(x, weight)
-        joint[..., :width] += bias[:width]
-    return joint.split(width, dim=-1)
+        return linear(x, weight.t(), bias).split(width, dim=-1)
+    # apart: attention then reads rows that lie closer together
+    q, k, v = (_product(x, part) for part in weight.split(width, dim=1))
+    return q.add_(bias[:width]), k, v
 
 
 def _attend_first(
