@@ -20,6 +20,7 @@ _PUBLIC = {
     "nearest_cells": "lloki_atlas.query",
     "open_catalog": "lloki_atlas.store.catalog",
     "plan": "lloki_atlas.stages.pipeline",
+    "pretrain": "lloki_atlas.stages.pretrain",
     "propagation_report": "lloki_atlas.stages.reports",
     "propagate_slice": "lloki_atlas.stages.notebook",
     "run": "lloki_atlas.stages.pipeline",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lloki_atlas.stages.ingest import ingest
     from lloki_atlas.stages.notebook import propagate_slice
     from lloki_atlas.stages.pipeline import plan, run, status, train_autoencoder
+    from lloki_atlas.stages.pretrain import pretrain
     from lloki_atlas.stages.reference import fit_reference
     from lloki_atlas.stages.reports import propagation_report
     from lloki_atlas.store.catalog import history, open_catalog, verify

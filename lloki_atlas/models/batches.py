@@ -122,11 +122,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def bytes_per_token(*, embsize: int, d_hid: int, itemsize: int) -> int:
     """Device bytes that a token of a batch takes at the peak of the forward pass.
 
-    Of one layer: the input, the joint queries, keys and values (3 widths), what attention returns, and a spare one;
-    or the input, the hidden row and two sums. Before the first layer: two rows of the tables and their sum, float32.
+    Two float32 rows along the layers, and of one layer: the input, the joint queries, keys and values (3 widths), what
+    attention returns and a product of it; or the hidden row instead.
     """
-    layer = max(6 * embsize, 4 * embsize + d_hid) * itemsize
-    return max(layer, 3 * embsize * 4 + embsize * itemsize) + 64
+    return 8 * embsize + max(6 * embsize, 3 * embsize + d_hid) * itemsize + 64
 
 
 def tokens_that_fit(*, device_memory: int, resident: int, per_token: int, longest: int) -> int:

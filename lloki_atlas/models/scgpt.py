@@ -31,6 +31,7 @@ from lloki_atlas.models.batches import (
     tokens_that_fit,
 )
 from lloki_atlas.models.checkpoint import ScGPTSettings, read_checkpoint
+from lloki_atlas.models.devices import torch_device
 from lloki_atlas.models.threads import single_thread
 from lloki_atlas.models.tokens import TokenRows, Vocabulary, lookup_genes, tokenize
 from lloki_atlas.models.transformer import Affine, Layer, encode_packed, encode_padded, norm
@@ -144,7 +145,7 @@ def load_scgpt(
     MemoryBudgetError
         If the weights and one cell take more of the GPU than is allowed.
     """
-    target = _device(device)
+    target = torch_device(device)
     checkpoint = read_checkpoint(folder)
     settings, weights = checkpoint.settings, checkpoint.weights
     with _full_products(), single_thread(), torch.inference_mode():
@@ -153,8 +154,10 @@ def load_scgpt(
         values = _value_table(weights, settings)
     rounded: torch.dtype = getattr(torch, precision)
     dtype = rounded if _multiplies(target, rounded) else torch.float32
-    layers = [_layer(weights, f"transformer_encoder.layers.{i}.") for i in range(settings.nlayers)]
-    size = sum(part.numel() for layer in layers for pair in layer for part in pair) * dtype.itemsize
+    *inner, last = (_layer(weights, f"transformer_encoder.layers.{i}.") for i in range(settings.nlayers))
+    layers = [layer.to(target, products=dtype, rounded=rounded) for layer in inner]
+    layers.append(last.to(target, products=torch.float32, rounded=torch.float32))
+    size = sum(part.numel() * part.itemsize for layer in layers for pair in layer for part in pair)
     batch_tokens = CPU_TOKENS
     if target.type != "cpu":
         batch_tokens = tokens_that_fit(
@@ -169,7 +172,7 @@ def load_scgpt(
         checkpoint.vocabulary,
         genes.to(target),
         values.to(target),
-        tuple(layer.to(target, products=dtype, rounded=rounded) for layer in layers),
+        tuple(layers),
         dtype,
         mode,
         random_state,
@@ -294,7 +297,7 @@ def _only(tokens: TokenRows, cells: np.ndarray) -> TokenRows:
 def _encode_into(values: torch.Tensor, model: ScGPT, batch: Batch) -> None:
     # both settings belong to the thread
     with single_thread(), torch.inference_mode():
-        rows = _encode(model, batch)[: len(batch.cells)].float()
+        rows = _encode(model, batch)[: len(batch.cells)]
         rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         values[torch.from_numpy(batch.cells).to(values.device)] = rows
 
@@ -302,10 +305,11 @@ def _encode_into(values: torch.Tensor, model: ScGPT, batch: Batch) -> None:
 def _encode(model: ScGPT, batch: Batch) -> torch.Tensor:
     x = model.gene_table[batch.genes]
     x += model.value_table[batch.digits]
-    x = x.to(model.dtype)
     if batch.offsets is None:
         return encode_padded(model.layers, x, batch.mask, n_heads=model.settings.nheads)
-    return encode_packed(model.layers, x, batch.offsets, batch.longest, n_heads=model.settings.nheads)
+    return encode_packed(
+        model.layers, x, batch.offsets, batch.longest, n_heads=model.settings.nheads, dtype=model.dtype
+    )
 
 
 def _value_table(weights: dict[str, torch.Tensor], settings: ScGPTSettings) -> torch.Tensor:
@@ -331,17 +335,6 @@ def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
         return True
     wanted = "_is_avx512_bf16_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
     return bool(getattr(torch.cpu, wanted, bool)())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise InputError(f"torch cannot use the device '{name}' here: say 'auto', 'cpu', or one that exists") from error
-    return device
 
 
 @contextmanager

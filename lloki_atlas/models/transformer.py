@@ -4,6 +4,9 @@ Post-norm layers: x ← norm(x + attention(x)), x ← norm(x + W₂ relu(W₁ x)
 computed: of the last layer, one query a cell, and neither keys nor values: q · (W_k x_j) = (W_kᵀ q) · x_j, and
 Σ a_j W_v x_j = W_v Σ a_j x_j. The bias of the keys shifts all scores of a query alike and drops out; that of the values
 passes through attention, whose weights sum to 1, into the bias of the output.
+
+In half precision the products are, and attention; what is added up along the layers and normalised is float32, and so
+is the last layer, whose one row a cell is little work.
 """
 
 from __future__ import annotations
@@ -43,13 +46,14 @@ class Layer(NamedTuple):
         return cls(turned(qkv[0], joint), turned(out[0], folded), turned(*linear1), turned(*linear2), norm1, norm2)
 
     def to(self, device: torch.device, *, products: torch.dtype, rounded: torch.dtype) -> Layer:
-        """Move to a device; weights are rounded to one type and kept in another."""
+        """Move to a device; what products read is rounded to one type and kept in another, norms are float32."""
 
         def moved(pair: Affine) -> Affine:
             weight, bias = (part.to(rounded).to(device, products) for part in pair)
             return weight, bias
 
-        return Layer(*map(moved, self))
+        norms = ((weight.to(device), bias.to(device)) for weight, bias in (self.norm1, self.norm2))
+        return Layer(*map(moved, self[:4]), *norms)
 
 
 def encode_padded(
@@ -63,9 +67,9 @@ def encode_padded(
     Parameters
     ----------
     layers
-        At least one.
+        At least one; the last is float32.
     x
-        (n_cells, length, width) embedded tokens, `<cls>` first.
+        (n_cells, length, width) embedded tokens, `<cls>` first; float32.
     keys
         (n_cells, length) bool, true where there is a token; None where there is one everywhere.
     n_heads
@@ -74,7 +78,7 @@ def encode_padded(
     Returns
     -------
     torch.Tensor
-        (n_cells, width), before scaling to length 1.
+        (n_cells, width) float32, before scaling to length 1.
     """
     *inner, last = layers
     mask = None if keys is None else keys[:, None, None, :]
@@ -86,34 +90,40 @@ def encode_padded(
     first = x[:, :1].contiguous()
     step = len(x) if x.is_cuda else 1
     parts = [slice(start, start + step) for start in range(0, len(x), step)]
-    attended = torch.cat(
-        [_attend_first(last, first[p], x[p], None if keys is None else keys[p], n_heads=n_heads) for p in parts]
-    )
+    attended = torch.cat([_attend_first(last, x[p], None if keys is None else keys[p], n_heads) for p in parts])
     return _mix(last, first, attended)[:, 0]
 
 
 def encode_packed(
-    layers: tuple[Layer, ...], x: torch.Tensor, offsets: torch.Tensor, longest: int, *, n_heads: int
+    layers: tuple[Layer, ...],
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    *,
+    n_heads: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Rows of `<cls>` of cells that follow each other without padding; CUDA and half precision only.
 
     Parameters
     ----------
     layers
-        At least one.
+        At least one; the last is float32, its keys and values are made in `dtype`.
     x
-        (n_tokens, width) embedded tokens, `<cls>` first in every cell.
+        (n_tokens, width) embedded tokens, `<cls>` first in every cell; float32.
     offsets
         (n_cells + 1,) int32, where each cell begins.
     longest
         Most tokens of a cell.
     n_heads
         Heads.
+    dtype
+        Of attention.
 
     Returns
     -------
     torch.Tensor
-        (n_cells, width).
+        (n_cells, width) float32.
     """
     *inner, last = layers
     for layer in inner:
@@ -124,12 +134,12 @@ def encode_packed(
     width = x.shape[1]
     first = x[offsets[:-1]]
     weight, bias = last.qkv
-    q = linear(first, weight[:, :width].t(), bias[:width])
-    k, v = (x @ weight[:, width:]).split(width, dim=1)
+    q = linear(first, weight[:, :width].t(), bias[:width]).to(dtype)
+    k, v = (x.to(dtype) @ weight[:, width:].to(dtype)).split(width, dim=1)
     ones = torch.arange(len(offsets), dtype=torch.int32, device=x.device)
     q, k, v = (part.unflatten(1, (n_heads, -1)) for part in (q, k, v))
     attended = variable_length_attention(q, k, v, ones, offsets, 1, longest).flatten(1)
-    return _mix(last, first, attended)
+    return _mix(last, first, attended.float())
 
 
 def variable_length_attention(
@@ -156,7 +166,7 @@ def norm(x: torch.Tensor, parameters: Affine) -> torch.Tensor:
 
 def _queries_keys_values(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     weight, bias = layer.qkv
-    width = x.shape[-1]
+    width, x = x.shape[-1], x.to(weight.dtype)
     if x.is_cuda:  # the bias comes with the product for nothing
         return linear(x, weight.t(), bias).split(width, dim=-1)
     # apart: attention then reads rows that lie closer together
@@ -164,14 +174,12 @@ def _queries_keys_values(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, .
     return q.add_(bias[:width]), k, v
 
 
-def _attend_first(
-    layer: Layer, first: torch.Tensor, x: torch.Tensor, keys: torch.Tensor | None, *, n_heads: int
-) -> torch.Tensor:
+def _attend_first(layer: Layer, x: torch.Tensor, keys: torch.Tensor | None, n_heads: int) -> torch.Tensor:
     """Attention of the first row to all rows, (n_cells, 1, width), without keys and values of the others."""
     weight, bias = layer.qkv
     n_cells, _, width = x.shape
     to_query, to_key, to_value = (part.unflatten(1, (n_heads, -1)) for part in weight.split(width, dim=1))
-    q = _affine(first, (to_query.flatten(1), bias[:width])).view(n_cells, n_heads, -1).transpose(0, 1)
+    q = _affine(x[:, :1].contiguous(), (to_query.flatten(1), bias[:width])).view(n_cells, n_heads, -1).transpose(0, 1)
     q = (q @ to_key.permute(1, 2, 0)).transpose(0, 1)  # (n_cells, n_heads, width)
     scores = (q @ x.transpose(1, 2)).float() * (width // n_heads) ** -0.5
     if keys is not None:
@@ -182,7 +190,8 @@ def _attend_first(
 
 def _mix(layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     x = norm(_plus(x, attended, layer.out), layer.norm1)
-    return norm(_plus(x, relu(_affine(x, layer.linear1), inplace=True), layer.linear2), layer.norm2)
+    hidden = relu(_affine(x.to(attended.dtype), layer.linear1), inplace=True)
+    return norm(_plus(x, hidden, layer.linear2), layer.norm2)
 
 
 def _affine(x: torch.Tensor, parameters: Affine) -> torch.Tensor:
@@ -191,10 +200,10 @@ def _affine(x: torch.Tensor, parameters: Affine) -> torch.Tensor:
 
 
 def _plus(x: torch.Tensor, y: torch.Tensor, parameters: Affine) -> torch.Tensor:
-    """Sum of x, y W and b."""
+    """Sum of x, y W and b, float32."""
     weight, bias = parameters
-    if x.is_cuda:
-        return linear(y, weight.t(), bias).add_(x)
+    if x.is_cuda or weight.dtype != x.dtype:
+        return _affine(y, parameters).float().add_(x)
     if len(x) == 1:
         return torch.addmm(x[0], y[0], weight).add_(bias)[None]
     return torch.baddbmm(x, y, weight.expand(len(x), -1, -1)).add_(bias)

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.pretraining [--minutes 20] [--checkpoint DIR] [--seed 0] [--threads N] [--json]
 
 Trains on the 10x reference of mouse cortex, with the genes of the slices below and their mean counts (or takes a
-folder that `lloki-atlas pretrain` wrote), and embeds those slices: counts as measured, and diffused by LLOKI-FP.
+folder that `lloki-atlas pretrain` wrote), and embeds those slices: counts as `measured`, counts `diffused` by LLOKI-FP
+(`propagation.diffuse = "counts"`), and `diffused after`, embeddings of measured counts, diffused (`"embedding"`).
 
 purity: share of a cell's 15 nearest cells (cosine; its slice, labelled cells, itself left out) that have its label.
 Mean over cells / mean over labels of at least 16 cells. osmFISH and ISS chose the settings; STARmap and VISp did not.
@@ -36,6 +37,7 @@ from lloki_atlas.models.checkpoint import read_checkpoint
 from lloki_atlas.models.embedders import ReferenceEmbedder, ReferenceFactors, ReferenceFactory
 from lloki_atlas.models.pretraining_model import PretrainingModel, Shape
 from lloki_atlas.models.scgpt import load_scgpt
+from lloki_atlas.models.tokens import tokenize
 from lloki_atlas.stages.pretrain import pretrain
 from lloki_atlas.store.references import ReferenceProfile
 from tests.benchmarks.departures import DATA, LABELS, MOP, SLICES, known_labels, load_slice
@@ -43,7 +45,7 @@ from tests.benchmarks.votes import balanced_accuracy, vote
 
 NAMES = ("osmFISH", "ISS", "STARmap BZ5", "STARmap BZ9", "VISp")
 VOTERS = {"osmFISH": "osmFISH", "STARmap BZ5": "STARmap", "STARmap BZ9": "STARmap", "VISp": "VISp"}
-INPUTS = ("measured", "diffused")
+INPUTS = ("measured", "diffused", "diffused after")
 N_NEIGHBORS, N_COMPONENTS = 15, 20
 
 Embed = Callable[[ad.AnnData, str], np.ndarray]
@@ -74,6 +76,23 @@ def components(slice_: ad.AnnData, which: str, *, scaled: bool) -> np.ndarray:
         rows = np.clip((rows - rows.mean(axis=0)) / (rows.std(axis=0) + 1e-3), -8, 8)
     u, s, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     return (u * s)[:, :N_COMPONENTS]
+
+
+def bins(slice_: ad.AnnData, which: str) -> np.ndarray:
+    """Principal components of the value bins, all that a model of this architecture is given."""
+    rows = values(slice_, which)
+    tokens = tokenize(rows, np.arange(rows.shape[1]), n_bins=51, max_genes=rows.shape[1])
+    table = csr_matrix((tokens.digits.astype(np.float64), tokens.genes, tokens.indptr), rows.shape).toarray()
+    u, s, _ = np.linalg.svd(table - table.mean(axis=0), full_matrices=False)
+    return (u * s)[:, :N_COMPONENTS]
+
+
+def diffused_after(slice_: ad.AnnData, embedding: np.ndarray) -> np.ndarray:
+    """Mix embeddings along the graph; a cell without one has none afterwards."""
+    missing = ~np.isfinite(embedding).all(axis=1)
+    mixed = np.asarray(csr_matrix(slice_.obsp["propagation_graph"]) @ np.where(missing[:, None], 0, embedding))
+    mixed[missing] = np.nan
+    return mixed
 
 
 def closed_form(slice_: ad.AnnData, which: str, profile: ReferenceProfile) -> np.ndarray:
@@ -150,7 +169,7 @@ def measure(methods: dict[str, Embed], slices: dict[str, ad.AnnData]) -> list[di
     found = []
     for method, embed in methods.items():
         for which in INPUTS:
-            embeddings = {name: embed(slice_, which) for name, slice_ in slices.items()}
+            embeddings = {name: _embedded(embed, slice_, which) for name, slice_ in slices.items()}
             for name, slice_ in slices.items():
                 scores = {
                     key: purity(embeddings[name], slice_.obs[column].to_numpy(dtype=str))
@@ -160,6 +179,12 @@ def measure(methods: dict[str, Embed], slices: dict[str, ad.AnnData]) -> list[di
             if not method.startswith("PCA"):  # components of one slice say nothing about another
                 found.append({"method": method, "input": which, "slice": "votes", **votes(embeddings, slices)})
     return found
+
+
+def _embedded(embed: Embed, slice_: ad.AnnData, which: str) -> np.ndarray:
+    if which == "diffused after":
+        return diffused_after(slice_, embed(slice_, "measured"))
+    return embed(slice_, which)
 
 
 def tables(entries: list[dict[str, Any]]) -> str:
@@ -177,7 +202,8 @@ def tables(entries: list[dict[str, Any]]) -> str:
 
 
 def _markdown(frame: pd.DataFrame) -> str:
-    frame = frame.sort_index(level="input", ascending=False, sort_remaining=False, kind="stable").reset_index()
+    order = [INPUTS.index(which) for which in frame.index.get_level_values("input")]
+    frame = frame.iloc[np.argsort(order, kind="stable")].reset_index()
     lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
@@ -217,6 +243,7 @@ def main() -> None:
         methods: dict[str, Embed] = {
             "PCA, counts": lambda slice_, which: components(slice_, which, scaled=False),
             "PCA, z-scored log counts": lambda slice_, which: components(slice_, which, scaled=True),
+            "PCA, value bins": bins,
             **{
                 name: lambda slice_, which, model=model: model.embed(values(slice_, which), list(slice_.var_names))
                 for name, model in models.items()

@@ -250,8 +250,18 @@ def summary(results: list[dict[str, Any]], *, near: int) -> dict[str, Any]:
     }
 
 
-COLUMNS = ("length", "contender", "cells_per_s", "tokens_per_s", "speedup", "speedup_best_batch", "share_of_peak", "min_cosine",
-           "max_difference", "device_mb")  # fmt: skip
+COLUMNS = (
+    "length",
+    "contender",
+    "cells_per_s",
+    "tokens_per_s",
+    "speedup",
+    "speedup_best_batch",
+    "share_of_peak",
+    "min_cosine",
+    "max_difference",
+    "device_mb",
+)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -91,7 +91,7 @@ def test_packed_cells_are_padded_cells(layers, cells, monkeypatch):
     monkeypatch.setattr(transformer, "variable_length_attention", cell_by_cell)
     monkeypatch.setattr(transformer, "_product", lambda x, weight: x @ weight)
     monkeypatch.setattr(transformer, "_plus", lambda x, y, parameters: x + y @ parameters[0] + parameters[1])
-    packed = encode_packed(layers, *pack(cells), n_heads=HEADS)
+    packed = encode_packed(layers, *pack(cells), n_heads=HEADS, dtype=torch.float32)
     alone = torch.cat([encode_padded(layers, cell[None], None, n_heads=HEADS) for cell in cells])
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
 
@@ -114,3 +114,21 @@ def test_weights_are_rounded_to_one_type_and_kept_in_another(layers):
     assert moved.qkv[0].dtype == torch.float32
     assert torch.equal(moved.qkv[0], layers[0].qkv[0].bfloat16().float())
     assert not torch.equal(moved.qkv[0], layers[0].qkv[0])
+    assert torch.equal(moved.norm1[0], layers[0].norm1[0])
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_half_precision_is_close_and_adds_up_in_float32(layers, cells, monkeypatch, padded):
+    monkeypatch.setattr(transformer, "variable_length_attention", cell_by_cell)
+    half = [layer.to(torch.device("cpu"), products=torch.bfloat16, rounded=torch.bfloat16) for layer in layers[:-1]]
+    half.append(layers[-1])
+    if padded:
+        rows = torch.cat([encode_padded(tuple(half), cell[None], None, n_heads=HEADS) for cell in cells])
+    else:
+        monkeypatch.setattr(transformer, "_product", lambda x, weight: x @ weight)
+        monkeypatch.setattr(transformer, "_plus", lambda x, y, p: (y @ p[0] + p[1]).float() + x)
+        rows = encode_packed(tuple(half), *pack(cells), n_heads=HEADS, dtype=torch.bfloat16)
+    whole = torch.cat([encode_padded(layers, cell[None], None, n_heads=HEADS) for cell in cells])
+    assert rows.dtype == torch.float32
+    assert functional.cosine_similarity(rows, whole).min() > 0.9995
+    assert not torch.equal(rows, whole)
