@@ -21,12 +21,15 @@ Gpus = Annotated[
     typer.Option(
         "--gpus",
         min=0,
-        help="GPU workers: of the local cluster, or of the scheduler's to wait for; 0: none [default: all there are].",
+        help="GPU workers: of the local cluster, or of the scheduler's to wait for; 0: none.",
+        show_default="all there are",
     ),
 ]
 DeviceMemory = Annotated[
     int | None,
-    typer.Option("--device-memory", min=1, help="Most of a GPU's memory for this run, MiB [default: the atlas's]."),
+    typer.Option(
+        "--device-memory", min=1, help="Most of a GPU's memory for this run, MiB.", show_default="the atlas's"
+    ),
 ]
 Cluster = Annotated[str, typer.Option("--cluster", help="`local`, or the address of a scheduler, tcp://host:8786.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
@@ -71,7 +74,9 @@ def simulate(
 
 def build(
     manifest: Annotated[Path, typer.Argument(help="A manifest, such as catalogs/mouse-cortex.toml.")],
-    root: Annotated[Path | None, typer.Option("--root", help="Folder of the catalog [default: NAME.atlas].")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder of the catalog.", show_default="NAME.atlas")
+    ] = None,
     until: Annotated[str, typer.Option("--until", help="Last stage.")] = "integrate",
     workers: Workers = None,
     gpus: Gpus = None,
@@ -111,7 +116,7 @@ def create(
         str, typer.Option("--embedder", help="`reference`, or `scgpt:CHECKPOINT_FOLDER`.")
     ] = "reference",
     label_key: Annotated[str | None, typer.Option("--label-key", help="Cell types in the reference's obs.")] = None,
-    settings: Annotated[Path | None, typer.Option("--settings", help="TOML with [tile], [propagation], …")] = None,
+    settings: Annotated[Path | None, typer.Option("--settings", help="TOML with tables `tile`, `propagation`, …")] = None,
     as_json: Json = False,
 ) -> None:
     """Create an empty catalog with its scRNA-seq reference and embedder."""
@@ -136,12 +141,14 @@ def ingest(
     organism: Annotated[str, typer.Option("--organism", help="mouse or human.")],
     unit: Annotated[str, typer.Option("--unit", help="Of the coordinates: micrometer, millimeter, nanometer, pixel.")],
     um_per_unit: Annotated[float | None, typer.Option("--um-per-unit", help="Micrometres per pixel.")] = None,
-    slice_id: Annotated[str | None, typer.Option("--slice-id", help="Name of the slice [default: file name].")] = None,
+    slice_id: Annotated[
+        str | None, typer.Option("--slice-id", help="Name of the slice.", show_default="file name")
+    ] = None,
     slice_key: Annotated[str | None, typer.Option("--slice-key", help="obs column; each value is a slice.")] = None,
     label_key: Annotated[
         list[str] | None, typer.Option("--label-key", help="obs column to query by; repeatable.")
     ] = None,
-    layer: Annotated[str | None, typer.Option("--layer", help="Layer that holds the counts [default: X].")] = None,
+    layer: Annotated[str | None, typer.Option("--layer", help="Layer that holds the counts.", show_default="X")] = None,
     spatial_key: Annotated[str, typer.Option("--spatial-key", help="obsm key of the coordinates.")] = "spatial",
     keep_empty_cells: Annotated[bool, typer.Option("--keep-empty-cells", help="List cells without counts.")] = False,
     accept_normalized: Annotated[bool, typer.Option("--accept-normalized", help="Take non-integer values.")] = False,
@@ -205,7 +212,9 @@ def plan(
 def run(
     root: Root,
     until: Annotated[str, typer.Option("--until", help="Last stage.")] = "integrate",
-    slices: Annotated[list[str] | None, typer.Option("--slices", help="Slice id; repeatable [default: all].")] = None,
+    slices: Annotated[
+        list[str] | None, typer.Option("--slices", help="Slice id; repeatable.", show_default="all")
+    ] = None,
     workers: Workers = None,
     gpus: Gpus = None,
     device_memory: DeviceMemory = None,
@@ -235,7 +244,7 @@ def train(
     root: Root,
     slices: Annotated[list[str] | None, typer.Option("--slices", help="Slice to train on; repeatable.")] = None,
     label_key: Annotated[str | None, typer.Option("--label-key", help="Cell types that refine the pairs.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed [default: the atlas's].")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed.", show_default="the atlas's")] = None,
     workers: Workers = None,
     gpus: Gpus = None,
     device_memory: DeviceMemory = None,

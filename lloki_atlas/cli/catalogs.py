@@ -10,7 +10,7 @@ from lloki_atlas.cli.output import emit, table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Root = Annotated[str, typer.Argument(help="Folder of the catalog.")]
-Version = Annotated[int | None, typer.Option("--version", help="An earlier version [default: the newest].")]
+Version = Annotated[int | None, typer.Option("--version", help="An earlier version.", show_default="the newest")]
 
 
 def register(app: typer.Typer) -> None:

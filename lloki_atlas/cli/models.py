@@ -34,12 +34,12 @@ def pretrain(
         float | None, typer.Option("--minutes", min=0, help="Begin no epoch that would end later.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed.")] = 0,
-    layer: Annotated[str | None, typer.Option("--layer", help="Layer that holds the counts [default: X].")] = None,
+    layer: Annotated[str | None, typer.Option("--layer", help="Layer that holds the counts.", show_default="X")] = None,
     gene_map: Annotated[Path | None, typer.Option("--gene-map", help="Table: source symbol, canonical symbol.")] = None,
     device: Annotated[str, typer.Option("--device", help="A torch device, or `auto`.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="`float32`, or `bfloat16` on CUDA.")] = "float32",
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of torch [default: all cores].")
+        int | None, typer.Option("--threads", min=1, help="Threads of torch.", show_default="all cores")
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,

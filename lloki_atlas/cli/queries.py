@@ -11,7 +11,7 @@ from lloki_atlas.cli.output import emit, table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Root = Annotated[str, typer.Argument(help="Folder of the catalog.")]
-Version = Annotated[int | None, typer.Option("--version", help="An earlier version [default: the newest].")]
+Version = Annotated[int | None, typer.Option("--version", help="An earlier version.", show_default="the newest")]
 Where = Annotated[
     str | None, typer.Option("--where", help="Which cells, such as: technology != 'osmFISH' and cell_type == 'Sst'.")
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
+import typer
 import xarray
 from support.commands import run_main, run_process
 from support.folders import folder_digest
@@ -15,6 +16,7 @@ from support.queries import GAPPY, IDS, N_CELLS, inner_client, source_of
 from support.slices import make_adata, write_h5ad
 
 import lloki_atlas
+from lloki_atlas.cli.main import app
 from lloki_atlas.query import nearest_cells, select_cells
 from lloki_atlas.store.catalog import open_catalog
 
@@ -29,8 +31,29 @@ OPTIONS = {
         *("--layer", "--spatial-key", "--keep-empty-cells", "--accept-normalized", "--gene-map", "--json"),
     ],
     "plan": ["--until", "--json"],
-    "run": ["--until", "--slices", "--workers", "--cluster", "--quiet", "--json"],
-    "train": ["--slices", "--label-key", "--seed", "--workers", "--cluster", "--quiet", "--json"],
+    "run": ["--until", "--slices", "--workers", "--gpus", "--device-memory", "--cluster", "--quiet", "--json"],
+    "train": [
+        "--slices",
+        "--label-key",
+        "--seed",
+        "--workers",
+        "--gpus",
+        "--device-memory",
+        "--cluster",
+        "--quiet",
+        "--json",
+    ],
+    "pretrain": [
+        "--organism",
+        "--panels",
+        "--layers",
+        "--width",
+        "--minutes",
+        "--threads",
+        "--device",
+        "--quiet",
+        "--json",
+    ],
     "status": ["--version", "--json"],
     "log": ["--json"],
     "verify": ["--version", "--json"],
@@ -422,3 +445,16 @@ def test_the_demo_names_a_command_that_works(demo):
     result = run_main(*line.removeprefix("ask it more: lloki-atlas ").split(), "--json")
     assert result.code == 0
     assert len(result.json["query"][0]["neighbors"]) == 15
+
+
+def test_no_help_text_loses_what_is_in_brackets():
+    # the help is markup: a word in square brackets would not be shown
+    command = typer.main.get_command(app)
+    texts = {
+        f"{name} {parameter.name}": parameter.help
+        for name, part in command.commands.items()
+        for parameter in part.params
+        if getattr(parameter, "help", None)
+    }
+    assert len(texts) > 50
+    assert [place for place, text in texts.items() if "[" in text] == []
