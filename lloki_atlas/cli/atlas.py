@@ -116,7 +116,7 @@ def create(
         str, typer.Option("--embedder", help="`reference`, or `scgpt:CHECKPOINT_FOLDER`.")
     ] = "reference",
     label_key: Annotated[str | None, typer.Option("--label-key", help="Cell types in the reference's obs.")] = None,
-    settings: Annotated[Path | None, typer.Option("--settings", help="TOML with tables `tile`, `propagation`, …")] = None,
+    settings: Annotated[Path | None, typer.Option("--settings", help="TOML: tables `tile`, `propagation`, …")] = None,
     as_json: Json = False,
 ) -> None:
     """Create an empty catalog with its scRNA-seq reference and embedder."""
