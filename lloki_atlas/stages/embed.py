@@ -102,9 +102,7 @@ def mixed_rows(
 def run_plain(panel: PanelCounts, totals: np.ndarray, embedder: Embedder, *, start: int, stop: int) -> np.ndarray:
     """Embed the cells of a tile without diffusion: (stop - start, 512) float32, NaN as for `run_tile`."""
     counts = panel.shared_counts[start:stop]
-    values, baseline = embedder.transform(counts, totals[start:stop])
-    rows = (values.toarray() + baseline[None, :]).astype(np.float32)
-    return _embedded(rows, counts, embedder)
+    return _embedded(_plain_rows(counts, totals[start:stop], embedder), counts, embedder)
 
 
 def diffuse_embedding(graph: Graph, plain: Any, *, start: int, stop: int, settings: PropagationConfig) -> np.ndarray:
@@ -135,6 +133,11 @@ def _transformed(counts: Any, totals: np.ndarray, embedder: Embedder) -> tuple[A
         return embedder.transform(counts, totals)
     baseline = embedder.transform(counts[0:1], totals[0:1])[1]
     return Rows(counts.shape, lambda a, b: embedder.transform(counts[a:b], totals[a:b])[0]), baseline
+
+
+def _plain_rows(counts: csr_matrix, totals: np.ndarray, embedder: Embedder) -> np.ndarray:
+    values, baseline = embedder.transform(counts, totals)
+    return (values.toarray() + baseline[None, :]).astype(np.float32)
 
 
 def _embedded(rows: np.ndarray, counts: csr_matrix, embedder: Embedder) -> np.ndarray:
@@ -203,6 +206,29 @@ def compute_plain(inputs: dict[str, str], start: int, stop: int, embedder: dict[
     """Task body: embed one tile without diffusion."""
     panel, totals, ready = _open(inputs, embedder, embedder_digest)
     return {"plain": run_plain(panel, totals, ready, start=start, stop=stop)}
+
+
+def compute_plain_tiles(
+    inputs: dict[str, str], starts: list[int], embedder: dict[str, Any], embedder_digest: str, in_memory: bool,
+    depth: int,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:  # fmt: skip
+    """Task body: stream tiles through the embedder without diffusion; arguments as for `compute_tiles`."""
+    panel, totals, ready = _open(inputs, embedder, embedder_digest, in_memory=in_memory)
+    tile_cells = SliceStore(inputs["slice"]).tile_cells
+
+    def prepare(start: int) -> tuple[int, np.ndarray, Any]:
+        stop = min(start + tile_cells, panel.n_cells)
+        counts = panel.shared_counts[start:stop]
+        rows = _plain_rows(counts, totals[start:stop], ready)
+        return start, _without_counts(counts), streaming.prepare_rows(ready, rows)
+
+    def finish(tile: tuple[int, np.ndarray, Any]) -> tuple[int, dict[str, np.ndarray]]:
+        start, empty, prepared = tile
+        values = streaming.finish_rows(ready, prepared)
+        values[empty] = np.nan
+        return start, {"plain": values}
+
+    return streaming.stream(starts, prepare, finish, depth=depth)
 
 
 def compute_diffused(inputs: dict[str, str], plain: str, start: int, stop: int, settings: dict[str, Any]

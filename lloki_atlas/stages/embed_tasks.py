@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lloki_atlas.config import EmbedderConfig, PropagationConfig, to_dict
+from lloki_atlas.config import AtlasConfig, EmbedderConfig, PropagationConfig, to_dict
 from lloki_atlas.engine.plan import Output, Task
 from lloki_atlas.kernels.diffusion import READ_ROWS
 from lloki_atlas.models.embedders import EMBEDDING_SIZE
@@ -59,37 +59,15 @@ def plan_stage(
     output = tiled_output(catalog, record, keys["embed"], array=("X_fp", EMBEDDING_SIZE, "float16"), lineage=lineage)
     if config.propagation.diffuse == "embedding":
         return _plan_embedding_first(catalog, record, output, inputs=inputs, settings=settings, ready=ready)
-    model = streaming.host_memory(embedder)
-    if not streaming.uses_device(embedder):
-        return tile_tasks(
-            record,
-            output,
-            stage="embed",
-            function="lloki_atlas.stages.embed:compute",
-            arguments={"inputs": inputs, **settings, **ready},
-            memory=lambda cells: streamed_memory(store) + _tile_memory(store, cells, config.propagation) + model,
-        )
-    in_memory = store.n_counts * ENTRY_BYTES <= config.tile.slice_memory_mb * 2**20
-    cells = min(store.tile_cells, record.n_cells)
-    held = store.n_counts if in_memory else read_entries(store.n_cells, store.n_genes, store.n_counts)
-    once, each = (held, 0) if in_memory else (0, held)
-    tile_bytes = _tile_memory(store, cells, config.propagation) + each * ENTRY_BYTES
-    shared = once * ENTRY_BYTES + record.n_cells * CELL_BYTES + 64 * 2**20 + model
-    return device_tasks(
+    fused = {"encoding": encoding[0] if encoding else None} if streaming.uses_device(embedder) else {}
+    return _embedder_tasks(
         record,
         output,
-        stage="embed",
-        function="lloki_atlas.stages.embed:compute_tiles",
-        arguments={
-            "inputs": inputs,
-            **settings,
-            **ready,
-            "in_memory": in_memory,
-            "depth": streaming.queue_depth(tile_bytes),
-            "encoding": encoding[0] if encoding else None,
-        },
-        memory=lambda n_tiles: shared + streaming.queue_bytes(n_tiles, tile_bytes),
-        tiles_per_task=streaming.TILES_PER_TASK,
+        store,
+        config,
+        embedder,
+        functions=("compute", "compute_tiles"),
+        arguments={"inputs": inputs, **settings, **ready, **fused},
         also=(encoding[1],) if encoding else (),
     )
 
@@ -106,35 +84,72 @@ def _plan_embedding_first(
     """Tasks that embed single cells, and tasks that diffuse what those made."""
     if is_complete(output.path):  # embeddings without diffusion are no longer there
         return []
-    config, store = PropagationConfig(**settings["settings"]), SliceStore(inputs["slice"])
-    model = streaming.host_memory(EmbedderConfig(**ready["embedder"]))
+    config, store = atlas_config(catalog), SliceStore(inputs["slice"])
     plain = f"{output.staging}.plain"
-
-    def memory(cells: int) -> int:
-        return streamed_memory(store) + _tile_memory(store, cells, config) + model
-
-    read = READ_ROWS * EMBEDDING_SIZE * 20  # dense embeddings as sparse rows
-    first = tile_tasks(
+    array = ("plain", EMBEDDING_SIZE, "float32")
+    first = _embedder_tasks(
         record,
-        tiled_output(
-            catalog, record, "", array=("plain", EMBEDDING_SIZE, "float32"), lineage=dict(output.lineage), path=plain
-        ),
-        stage="embed",
-        function="lloki_atlas.stages.embed:compute_plain",
+        tiled_output(catalog, record, "", array=array, lineage=dict(output.lineage), path=plain),
+        store,
+        config,
+        EmbedderConfig(**ready["embedder"]),
+        functions=("compute_plain", "compute_plain_tiles"),
         arguments={"inputs": inputs, **ready},
-        memory=memory,
         until=output.path,
         step="plain",
     )
+    read = READ_ROWS * EMBEDDING_SIZE * 20  # dense embeddings as sparse rows
     second = tile_tasks(
         record,
         output,
         stage="embed",
         function="lloki_atlas.stages.embed:compute_diffused",
         arguments={"inputs": inputs, **settings, "plain": plain},
-        memory=lambda cells: memory(cells) + read,
+        memory=lambda cells: streamed_memory(store) + _tile_memory(store, cells, config.propagation) + read,
     )
     return [*first, *second]
+
+
+def _embedder_tasks(
+    record: SliceRecord,
+    output: Output,
+    store: SliceStore,
+    config: AtlasConfig,
+    embedder: EmbedderConfig,
+    *,
+    functions: tuple[str, str],
+    arguments: dict[str, Any],
+    also: tuple[Output, ...] = (),
+    **place: str,
+) -> list[Task]:
+    """Tasks of the first function, one tile each, or of the second, several each for a device."""
+    model, propagation = streaming.host_memory(embedder), config.propagation
+    if not streaming.uses_device(embedder):
+        return tile_tasks(
+            record,
+            output,
+            stage="embed",
+            function=f"lloki_atlas.stages.embed:{functions[0]}",
+            arguments=arguments,
+            memory=lambda cells: streamed_memory(store) + _tile_memory(store, cells, propagation) + model,
+            **place,
+        )
+    in_memory = store.n_counts * ENTRY_BYTES <= config.tile.slice_memory_mb * 2**20
+    held = store.n_counts if in_memory else read_entries(store.n_cells, store.n_genes, store.n_counts)
+    once, each = (held, 0) if in_memory else (0, held)
+    tile_bytes = _tile_memory(store, min(store.tile_cells, record.n_cells), propagation) + each * ENTRY_BYTES
+    shared = once * ENTRY_BYTES + record.n_cells * CELL_BYTES + 64 * 2**20 + model
+    return device_tasks(
+        record,
+        output,
+        stage="embed",
+        function=f"lloki_atlas.stages.embed:{functions[1]}",
+        arguments={**arguments, "in_memory": in_memory, "depth": streaming.queue_depth(tile_bytes)},
+        memory=lambda n_tiles: shared + streaming.queue_bytes(n_tiles, tile_bytes),
+        tiles_per_task=streaming.TILES_PER_TASK,
+        also=also,
+        **place,
+    )
 
 
 def _tile_memory(store: SliceStore, cells: int, settings: PropagationConfig) -> int:

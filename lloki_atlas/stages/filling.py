@@ -109,12 +109,14 @@ def device_tasks(
     memory: Callable[[int], int],
     tiles_per_task: int,
     also: tuple[Output, ...] = (),
+    until: str = "",
+    step: str = "",
 ) -> list[Task]:
     """Tasks that stream several tiles each through a device, and the one that publishes.
 
     Parameters
     ----------
-    record, output, stage, function, arguments
+    record, output, stage, function, arguments, until, step
         As for `tile_tasks`; the function is a generator.
     memory
         Projected bytes of a task of so many tiles.
@@ -123,7 +125,8 @@ def device_tasks(
     also
         Objects that the tasks fill as well; other tasks publish them.
     """
-    prefix, size = f"{stage}/{record.slice_id}", _chunk_rows(output)
+    size = _chunk_rows(output)
+    prefix = f"{stage}/{record.slice_id}" + (f"/{step}" if step else "")
     starts = tuple(range(0, record.n_cells, size))
     tasks = []
     for first in range(0, len(starts), tiles_per_task):
@@ -135,16 +138,17 @@ def device_tasks(
                 function=function,
                 arguments=arguments,
                 output=replace(output, tiles=tiles),
-                n_cells=min(tiles[-1] + size, record.n_cells) - tiles[0],
+                n_cells=0 if step else min(tiles[-1] + size, record.n_cells) - tiles[0],
                 projected_memory=memory(len(tiles)),
                 slice_id=record.slice_id,
                 also=tuple(replace(other, tiles=tiles) for other in also),
                 streams=True,
                 device=True,
+                until=until,
             )
         )
     names = tuple(task.name for task in tasks)
-    return [*tasks, publish_task(record, output, prefix=prefix, requires=names, stage=stage)]
+    return [*tasks, publish_task(record, output, prefix=prefix, requires=names, stage=stage, until=until)]
 
 
 def publish_task(

@@ -252,9 +252,17 @@ def test_only_tasks_that_embed_want_a_device(scgpt_root):
     assert {task.stage for task in made.tasks if task.device} == {"embed"}
 
 
-def test_an_embedding_that_is_diffused_itself_needs_no_device_task(scgpt_root, tmp_path):
-    catalog = with_settings(copied(scgpt_root, tmp_path / "atlas"), "propagation", diffuse="embedding")
-    assert not any(task.device for task in plan(catalog).tasks)
+def test_an_embedding_that_is_diffused_itself_is_streamed_to_the_same_bytes(scgpt_root, tmp_path):
+    catalogs = []
+    for device in ("auto", "cpu"):
+        catalog = with_settings(copied(scgpt_root, tmp_path / device), "propagation", diffuse="embedding")
+        catalog = with_settings(catalog, "embedder", device=device)
+        wanted = [task.name for task in plan(catalog).tasks if task.device]
+        assert all("/plain/" in name for name in wanted)
+        assert bool(wanted) == (device == "auto")
+        catalogs.append(run_here(plan(catalog)))
+    assert all_bytes(catalogs[0]) == all_bytes(catalogs[1])
+    assert not list((catalogs[0].root / "staging").glob("*"))
 
 
 @pytest.mark.parametrize("n_tiles", [1, 3, 16])
