@@ -196,6 +196,27 @@ def test_a_killed_gpu_worker_changes_no_byte(killed, tmp_path):
     assert folder_digest(killed.root / "objects") == folder_digest(tmp_path / "objects")
 
 
+def test_several_gpu_workers_share_the_work_and_outlive_the_loss_of_one(tmp_path):
+    gpus = ("GPU-A", "GPU-B")
+    tasks = []
+    for name, after in (("a", 1), ("b", 99), ("c", 99), ("d", 99), ("e", 99), ("f", 99)):  # the first one kills
+        arguments = {"function": "support.devices:tiles", "after": after}
+        tasks += stream_task(tmp_path, name, "killed_once", arguments=arguments)
+    plan, outcomes = plan_of(*link(tasks))
+    with local_client_with_gpu(2, gpus) as client:
+        plan.run(client, progress=False, n_gpus=2)
+    assert outcomes[0].done == {task.name for task in tasks}
+    calls = [line for line in notes(tmp_path / "log") if " on " in line]
+    assert {line.rpartition(" on ")[2] for line in calls} == set(gpus)
+    assert len(calls) >= 7  # the task of the killed worker ran again, and what else it had been given
+    for name in "af":
+        assert (read_arrays(tmp_path / "objects" / f"{name}.zarr")["values"] == expected_values()).all()
+
+
+def expected_values():
+    return np.concatenate([rows_of(start)["values"] for start in STARTS])
+
+
 @pytest.fixture(scope="module")
 def stranded(tmp_path_factory):
     """A run whose only GPU worker dies and is not started again, with other tasks beside it and after it."""

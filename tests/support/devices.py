@@ -28,10 +28,10 @@ STARTS = tuple(range(0, N_ROWS, TILE_ROWS))
 
 
 @contextmanager
-def local_client_with_gpu(n_workers: int) -> Iterator[Any]:
-    """A local cluster with one GPU worker, which has none."""
+def local_client_with_gpu(n_workers: int, gpus: tuple[str, ...] = (FAKE_GPU,)) -> Iterator[Any]:
+    """A local cluster with GPU workers, which have none."""
     with (
-        mock.patch.object(cluster, "visible_gpus", return_value=(FAKE_GPU,)),
+        mock.patch.object(cluster, "visible_gpus", return_value=gpus),
         cluster.local_client(n_workers) as client,
     ):
         yield client
