@@ -181,39 +181,3 @@ def _content(key: np.uint64, found: NDArray[np.int32], values: NDArray[np.float3
         bits = values[j : j + 1].view(np.uint32)[0]
         state = absorb(absorb(state, np.uint64(found[j])), np.uint64(bits))
     return state
-
-
-def bin_values(values: Any, *, n_bins: int) -> NDArray[np.int64]:
-    """Bin the non-zero values of one cell by their own quantiles, as scGPT does, without its random numbers.
-
-    The edges are the `n_bins - 1` evenly spaced quantiles of the cell; equal values share the middle one of the bins
-    that scGPT draws from, floor((below + 1 + upto) / 2). Distinct values leave one choice: scGPT's.
-
-    Parameters
-    ----------
-    values
-        (n_values,) float32, none of them zero.
-    n_bins
-        Number of bins with the one that scGPT reserves for zero.
-
-    Returns
-    -------
-    numpy.ndarray
-        (n_values,) int64, 1 to n_bins - 1.
-    """
-    row = np.ascontiguousarray(values, dtype=np.float32)[None, :]
-    size = row.shape[1]
-    digits = np.empty(size, np.int16)
-    bin_rows(
-        row,
-        np.arange(size),
-        np.arange(size, dtype=np.int32),
-        n_bins - 1,
-        size,
-        False,
-        np.uint64(0),
-        np.array([0, size]),
-        np.empty(size, np.int32),
-        digits,
-    )
-    return digits.astype(np.int64)

@@ -195,7 +195,9 @@ class ScGPTFactory:
 
     def host_memory(self, config: EmbedderConfig) -> int:
         """Bytes of host memory at the peak: loading a checkpoint holds its file, its state and both tables."""
-        return 4 * (Path(str(config.checkpoint)) / "best_model.pt").stat().st_size + 128 * 2**20
+        weights = Path(str(config.checkpoint)) / "best_model.pt"
+        # a plan needs no checkpoint: whoever embeds says what is missing
+        return 4 * weights.stat().st_size + 128 * 2**20 if weights.exists() else 0
 
 
 _BUILT_IN: dict[str, Callable[[], EmbedderFactory]] = {"reference": ReferenceFactory, "scgpt": ScGPTFactory}

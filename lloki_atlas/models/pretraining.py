@@ -11,8 +11,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from lloki_atlas.models.devices import torch_device
 from lloki_atlas.models.pretraining_batches import TrainingCells
 from lloki_atlas.models.pretraining_model import N_CLS_LAYERS, PretrainingModel, Shape
 from lloki_atlas.models.pretraining_steps import PretrainingConfig, Training, run_epoch
+from lloki_atlas.models.threads import torch_threads
 from lloki_atlas.models.tokens import SPECIAL_TOKENS
 
 PAD_VALUE, MASK_VALUE = -2, -1
@@ -84,7 +84,7 @@ def train(
             f"a width of {config.width} does not hold the {cells.latent.shape[1]} numbers of a latent of "
             f"{len(cells.latent)} cells: give a wider model and at least two cells"
         )
-    with _arithmetic(n_threads):
+    with torch_threads(n_threads), torch.enable_grad():
         training = _start(cells, config, target)
         if state.exists():
             _restore(training, state, key)
@@ -192,15 +192,3 @@ def _bytes(content: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
-
-
-@contextmanager
-def _arithmetic(n_threads: int) -> Iterator[None]:
-    """`n_threads` threads inside the block, the caller's number afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        torch.set_num_threads(before)

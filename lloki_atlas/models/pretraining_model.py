@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-MAX_VALUE = 512.0
+from lloki_atlas.models.scgpt import MAX_VALUE
+
 N_CLS_LAYERS = 3
 EMBEDDING_RANGE = 0.1
 

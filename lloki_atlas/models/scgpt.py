@@ -37,7 +37,7 @@ from lloki_atlas.models.tokens import TokenRows, Vocabulary, lookup_genes, token
 from lloki_atlas.models.transformer import Affine, Layer, encode_packed, encode_padded, norm
 
 # scGPT clips values before its value encoder
-_MAX_VALUE = 512.0
+MAX_VALUE = 512.0
 # what libraries keep on a GPU beside our tensors: workspaces of matrix products
 _WORKSPACE = 96 * 2**20
 
@@ -316,7 +316,7 @@ def _value_table(weights: dict[str, torch.Tensor], settings: ScGPTSettings) -> t
     """Encode every value that occurs, (n_bins, embsize): row 0 the pad value, row d the bin d."""
     values = torch.arange(settings.n_bins, dtype=torch.float32)
     values[0] = settings.pad_value
-    hidden = relu(linear(values.clamp(max=_MAX_VALUE)[:, None], *_pair(weights, "value_encoder.linear1.")))
+    hidden = relu(linear(values.clamp(max=MAX_VALUE)[:, None], *_pair(weights, "value_encoder.linear1.")))
     return norm(linear(hidden, *_pair(weights, "value_encoder.linear2.")), _pair(weights, "value_encoder.norm."))
 
 

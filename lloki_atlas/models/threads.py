@@ -1,23 +1,30 @@
-"""One thread for torch, and the caller's setting back afterwards."""
+"""How many threads torch uses, and the caller's setting back afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
-    """Run torch on one thread inside the block, so that the bytes of a product do not depend on the machine's cores.
+def torch_threads(n_threads: int) -> Iterator[None]:
+    """Run torch on so many threads inside the block.
 
-    The order of summation in a matrix product follows from how it is cut among threads.
     The setting belongs to the calling thread; it is restored when the block ends, an error included.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(n_threads)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def single_thread() -> AbstractContextManager[None]:
+    """Run torch on one thread inside the block, so that the bytes of a product do not depend on the machine's cores.
+
+    The order of summation in a matrix product follows from how it is cut among threads.
+    """
+    return torch_threads(1)

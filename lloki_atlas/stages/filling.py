@@ -80,7 +80,7 @@ def tile_tasks(
         Part of their names, for such an array; its cells do not count.
     """
     size = _chunk_rows(output)
-    prefix = f"{stage}/{record.slice_id}" + (f"/{step}" if step else "")
+    prefix = _prefix(stage, record, step)
     tiles = [
         Task(
             name=f"{prefix}/{start}",
@@ -126,7 +126,7 @@ def device_tasks(
         Objects that the tasks fill as well; other tasks publish them.
     """
     size = _chunk_rows(output)
-    prefix = f"{stage}/{record.slice_id}" + (f"/{step}" if step else "")
+    prefix = _prefix(stage, record, step)
     starts = tuple(range(0, record.n_cells, size))
     tasks = []
     for first in range(0, len(starts), tiles_per_task):
@@ -178,6 +178,10 @@ def publish_task(
 def tile_cells(catalog: Catalog, record: SliceRecord) -> int:
     """Cells of a tile of the slice, but for the last one."""
     return SliceStore(catalog.path("slices", record.objects["ingest"])).tile_cells
+
+
+def _prefix(stage: str, record: SliceRecord, step: str) -> str:
+    return f"{stage}/{record.slice_id}" + (f"/{step}" if step else "")
 
 
 def _chunk_rows(output: Output) -> int:

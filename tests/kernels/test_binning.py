@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tokens import bin_values
 
-from lloki_atlas.kernels.binning import _quantiles, bin_values, count_present
+from lloki_atlas.kernels.binning import _quantiles, count_present
 
 
 def test_distinct_values_are_binned_by_their_quantiles():

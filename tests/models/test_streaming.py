@@ -114,6 +114,11 @@ def test_loading_keeps_to_the_memory_that_is_projected(tmp_path):
     assert size < measured <= projected <= 4 * size + 2**28
 
 
+def test_a_plan_needs_no_checkpoint(tmp_path):
+    gone = EmbedderConfig(name="scgpt", checkpoint=str(tmp_path / "gone"), device="cpu")
+    assert ScGPTFactory().host_memory(gone) == 0
+
+
 def test_a_model_wider_than_the_store_is_refused(tmp_path):
     folder = write_checkpoint(tmp_path, genes=GENES[:3], embsize=516, nlayers=1)
     with pytest.raises(CheckpointError, match="516 dimensions"):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from support.checkpoints import NAMINGS, write_checkpoint
 from support.scgpt_oracle import bin_with_package, embed_with_package
+from support.tokens import bin_values
 
-from lloki_atlas.kernels.binning import bin_values
 from lloki_atlas.models.scgpt import load_scgpt
 from lloki_atlas.models.tokens import tokenize
 
