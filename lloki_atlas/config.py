@@ -175,7 +175,8 @@ class EmbedderConfig:
     Of `scgpt`: with `mode` `default` a cell's equal values share one bin and the largest values are kept of a cell
     with more genes than the model takes; `reference` draws both at random, as published, keyed by `random_state` and
     the cell's content. `precision` is the type of its matrix products. `device` is a torch device or `auto`, CUDA
-    where there is one; `device_memory_mb` (2^20 bytes) is the most that is taken of a GPU. Neither decides a number
+    where there is one; `device_memory_mb` (2^20 bytes) is what batches on a GPU
+    are planned to fit in. Neither decides a number
     beyond the tolerance of the arithmetic.
     """
 
