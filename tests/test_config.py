@@ -249,6 +249,12 @@ def another(name, value):
         "device": "cpu",
         "precision": "bfloat16",
         "mode": "reference",
+        "preset": "ovarian",
+        "equations": "paper",
+        "pair_space": "embedding",
+        "pairing": "published",
+        "token_by": "slice",
+        "chunks": "fixed",
     }
     if name in choices:
         return choices[name]

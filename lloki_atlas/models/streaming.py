@@ -11,9 +11,9 @@ from scipy.sparse import csr_matrix
 
 from lloki_atlas.config import EmbedderConfig
 from lloki_atlas.errors import CheckpointError
-from lloki_atlas.models.autoencoder import FrozenEncoder
 from lloki_atlas.models.checkpoint import read_checkpoint
 from lloki_atlas.models.embedders import EMBEDDING_SIZE
+from lloki_atlas.models.encoder import FrozenEncoder
 from lloki_atlas.models.scgpt import ScGPT, embed_tokens, load_scgpt
 from lloki_atlas.models.tokens import TokenRows
 

@@ -1,29 +1,22 @@
-"""Train the conditional autoencoder on a sample of cells in memory, and keep it as safetensors and JSON."""
+"""Train the conditional autoencoder."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
-from lloki_atlas.config import AutoencoderConfig, canonical_json, digest, settings_from_dict, to_dict
-from lloki_atlas.errors import CheckpointError, InputError
-from lloki_atlas.models.autoencoder import N_EMBEDDING, ConditionalAutoencoder, FrozenEncoder
+from lloki_atlas.config import AutoencoderConfig
+from lloki_atlas.errors import InputError
+from lloki_atlas.models.autoencoder import N_EMBEDDING, ConditionalAutoencoder
 from lloki_atlas.models.losses import conservation_loss, reconstruction_loss, triplet_loss
 from lloki_atlas.models.pairs import Index, balanced_chunks, chunk_neighbors, find_triplets
 from lloki_atlas.models.threads import single_thread
 
-FORMAT_VERSION = 1
-WEIGHTS_FILE = "weights.safetensors"
-DESCRIPTION_FILE = "autoencoder.json"
 LOSSES = ("total", "reconstruction", "triplet", "conservation")
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -127,105 +120,6 @@ def _step(
     optimizer.step()
     values = (total, reconstruction, triplet, conservation)
     return {**{name: value.item() for name, value in zip(LOSSES, values, strict=True)}, "n_triplets": len(triplets)}
-
-
-def save_checkpoint(
-    folder: str | Path,
-    model: ConditionalAutoencoder,
-    *,
-    config: AutoencoderConfig,
-    history: Sequence[Mapping[str, float]],
-    lineage: Mapping[str, Any],
-) -> None:
-    """Write `weights.safetensors` and `autoencoder.json`; equal models give equal bytes.
-
-    Parameters
-    ----------
-    folder : path
-        Made if it does not exist.
-    model : ConditionalAutoencoder
-    config : AutoencoderConfig
-        The settings it was trained with.
-    history : sequence of dict
-    lineage : mapping
-        What the model was made from; JSON-like.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    data = safetensors.torch.save(weights)
-    description = {
-        "format": FORMAT_VERSION,
-        "config": to_dict(config),
-        "platforms": list(model.platforms),
-        "shapes": {name: list(value.shape) for name, value in weights.items()},
-        "weights_digest": digest(data),
-        "history": [dict(losses) for losses in history],
-        "lineage": dict(lineage),
-    }
-    (folder / WEIGHTS_FILE).write_bytes(data)
-    (folder / DESCRIPTION_FILE).write_bytes(canonical_json(description) + b"\n")
-
-
-def load_encoder(folder: str | Path) -> FrozenEncoder:
-    """Read the encoder of a checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is missing or unreadable, a weight is missing, unknown, or of another type or shape than the
-        description says, or the weights are not those that were saved.
-    """
-    folder = Path(folder)
-    description = _description(folder / DESCRIPTION_FILE)
-    path = folder / WEIGHTS_FILE
-    try:
-        data = path.read_bytes()
-        weights = safetensors.torch.load(data)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the weights {path} ({error}): restore the file or train again") from error
-    try:
-        config = settings_from_dict(AutoencoderConfig, description["config"], where="config")
-        model = ConditionalAutoencoder(description["platforms"], token_size=config.token_size)
-    except InputError as error:
-        raise CheckpointError(f"{folder / DESCRIPTION_FILE} describes no model: {error}") from error
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
-        found, wanted = _kind(weights.get(name)), _kind(expected.get(name))
-        if found != wanted:
-            raise CheckpointError(f"weight '{name}' in {path}: found {found}, expected {wanted}; restore the file")
-    if digest(data) != description["weights_digest"]:
-        raise CheckpointError(
-            f"{path} has digest {digest(data)}, expected {description['weights_digest']}: "
-            "the weights are not those that were saved, restore the file"
-        )
-    model.load_state_dict(weights)
-    return FrozenEncoder(model)
-
-
-def _description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path} ({error}): restore the file or train again") from error
-    wanted = {"format": int, "config": dict, "platforms": list, "weights_digest": str}
-    if not isinstance(description, dict):
-        raise CheckpointError(f"{path} holds a {type(description).__name__}, expected an object: restore the file")
-    for name, kind in wanted.items():
-        found = description.get(name)
-        if not isinstance(found, kind):
-            raise CheckpointError(
-                f"'{name}' in {path}: found {type(found).__name__}, expected {kind.__name__}; restore the file"
-            )
-    if description["format"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format {description['format']}, this version reads {FORMAT_VERSION}: update lloki-atlas"
-        )
-    return description
-
-
-def _kind(value: torch.Tensor | None) -> str:
-    return "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
 
 
 def _rows(sample: dict[str, Any], rows: Index) -> dict[str, Any]:

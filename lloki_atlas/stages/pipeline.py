@@ -16,7 +16,7 @@ from typing import Any
 from lloki_atlas.config import to_dict
 from lloki_atlas.engine.plan import Outcome, Output, Plan, Task, link
 from lloki_atlas.errors import InputError
-from lloki_atlas.stages import embed_tasks, integrate, propagate_tasks, reference, streaming, tile
+from lloki_atlas.stages import embed_tasks, integrate, propagate_tasks, reference, streaming, tile, train
 from lloki_atlas.stages.lineage import (
     STAGES,
     atlas_config,
@@ -90,7 +90,7 @@ def plan(
             tasks.setdefault(task.name, task)
     if model is not None:
         if model.train:
-            task = integrate.plan_training(
+            task = train.plan_training(
                 catalog, list(trained.values()), keys, model_key=model.key, label_key=model.label_key
             )
             tasks[task.name] = task
@@ -187,7 +187,7 @@ def _choose_model(catalog: Catalog, names: list[str], train_on: Iterable[str] | 
     if current is None or train_on is not None:
         model = _new_model(catalog, names if train_on is None else sorted(set(train_on)), label_key)
     else:
-        description = integrate.checkpoint_description(catalog, current)
+        description = train.checkpoint_description(catalog, current)
         trained = description["lineage"]["slices"]
         label_key = description["lineage"]["label_key"]
         # a slice that has left the atlas stays what the model was made of
@@ -196,7 +196,7 @@ def _choose_model(catalog: Catalog, names: list[str], train_on: Iterable[str] | 
             _check_platforms(catalog, names, known=description["platforms"])
             return _Model(current, tuple(trained), label_key, train=False)
         model = _new_model(catalog, [name for name in trained if name in catalog.state.slices], label_key)
-    platforms = [integrate.platform_name(catalog.slice(name)) for name in model.slices]
+    platforms = [train.platform_name(catalog.slice(name)) for name in model.slices]
     _check_platforms(catalog, names if model.slices else [], known=platforms)
     return model
 
@@ -209,7 +209,7 @@ def _new_model(catalog: Catalog, slices: list[str], label_key: str | None) -> _M
 def _check_platforms(catalog: Catalog, names: list[str], *, known: list[str]) -> None:
     for name in names:
         record = catalog.slice(name)
-        if integrate.platform_name(record) not in known:
+        if train.platform_name(record) not in known:
             raise InputError(
                 f"the encoder has no token for slice '{name}' ({record.technology}, a new panel): train it anew with "
                 "`lloki-atlas train` on slices of every panel, or stop at the 512-d embedding with until='embed'"

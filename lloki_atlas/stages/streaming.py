@@ -24,7 +24,7 @@ from lloki_atlas.engine.overlap import ahead
 from lloki_atlas.models.embedders import Embedder, embedder_factory
 
 if TYPE_CHECKING:
-    from lloki_atlas.models.autoencoder import FrozenEncoder
+    from lloki_atlas.models.encoder import FrozenEncoder
 
 # tiles of one task: enough to keep a device busy while the host prepares the next, few enough to be shared by several
 TILES_PER_TASK = 16
@@ -119,7 +119,7 @@ def finish_encoded(
 
 def frozen_encoder(model_path: str) -> FrozenEncoder:
     """Load the encoder of a checkpoint, or take the one that this process already holds."""
-    from lloki_atlas.models.training import WEIGHTS_FILE
+    from lloki_atlas.models.autoencoder_files import WEIGHTS_FILE
 
     file = Path(model_path) / WEIGHTS_FILE
     # size and time of the file: a checkpoint that was restored under a running worker is read again
@@ -129,6 +129,6 @@ def frozen_encoder(model_path: str) -> FrozenEncoder:
 
 @lru_cache(maxsize=1)
 def _encoder(model_path: str, stamp: tuple[int, int]) -> FrozenEncoder:
-    from lloki_atlas.models.training import load_encoder
+    from lloki_atlas.models.autoencoder_files import load_encoder
 
     return load_encoder(model_path)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lloki_atlas.errors import InputError
-from lloki_atlas.models.autoencoder import BLOCK_ROWS, ConditionalAutoencoder, FrozenEncoder
+from lloki_atlas.models.autoencoder import ConditionalAutoencoder
+from lloki_atlas.models.encoder import BLOCK_ROWS, FrozenEncoder
 
 PLATFORMS = ["MERFISH|a", "Xenium|b", "CosMx|c"]
 

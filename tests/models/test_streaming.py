@@ -10,8 +10,9 @@ from support.checkpoints import write_checkpoint
 
 from lloki_atlas.config import EmbedderConfig
 from lloki_atlas.errors import CheckpointError
-from lloki_atlas.models.autoencoder import ConditionalAutoencoder, FrozenEncoder
+from lloki_atlas.models.autoencoder import ConditionalAutoencoder
 from lloki_atlas.models.embedders import ScGPTFactory
+from lloki_atlas.models.encoder import FrozenEncoder
 
 GENES = tuple(f"GENE{i}" for i in range(60))
 

@@ -14,9 +14,11 @@ import torch
 
 from lloki_atlas.config import AutoencoderConfig, digest
 from lloki_atlas.errors import CheckpointError, InputError
-from lloki_atlas.models.autoencoder import ConditionalAutoencoder, FrozenEncoder
+from lloki_atlas.models.autoencoder import ConditionalAutoencoder
+from lloki_atlas.models.autoencoder_files import load_encoder, save_checkpoint
+from lloki_atlas.models.encoder import FrozenEncoder
 from lloki_atlas.models.threads import single_thread
-from lloki_atlas.models.training import load_encoder, save_checkpoint, train_autoencoder_on
+from lloki_atlas.models.training import train_autoencoder_on
 
 PLATFORMS = ["MERFISH|a", "Xenium|b"]
 CONFIG = AutoencoderConfig(n_epochs=3, chunk_cells=80, n_neighbors_mutual=10, n_neighbors_conservation=5)

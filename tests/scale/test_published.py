@@ -10,7 +10,7 @@ from support.atlases import embedding, settings_text
 
 from lloki_atlas.config import AtlasConfig, AutoencoderConfig
 from lloki_atlas.stages.build import build
-from lloki_atlas.stages.integrate import NO_LABEL, checkpoint_description
+from lloki_atlas.stages.train import NO_LABEL, checkpoint_description
 from lloki_atlas.store.arrays import read_arrays
 from lloki_atlas.store.catalog import verify
 from lloki_atlas.store.slices import SliceStore

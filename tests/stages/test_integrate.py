@@ -14,20 +14,20 @@ from support.atlases import CONFIG, N_CELLS, SLICES, embedding
 from lloki_atlas.config import AutoencoderConfig, to_dict
 from lloki_atlas.errors import InputError
 from lloki_atlas.models import training as models_training
-from lloki_atlas.models.autoencoder import ConditionalAutoencoder, FrozenEncoder
-from lloki_atlas.models.training import load_encoder
-from lloki_atlas.stages import integrate
-from lloki_atlas.stages.integrate import (
-    LATENT_SIZE,
+from lloki_atlas.models.autoencoder import ConditionalAutoencoder
+from lloki_atlas.models.autoencoder_files import load_encoder
+from lloki_atlas.models.encoder import FrozenEncoder
+from lloki_atlas.stages import train as stage
+from lloki_atlas.stages.integrate import LATENT_SIZE, run_tile
+from lloki_atlas.stages.lineage import expected_objects
+from lloki_atlas.stages.train import (
     checkpoint_description,
     label_codes,
     plan_training,
     platform_name,
-    run_tile,
     sample_cells,
     train,
 )
-from lloki_atlas.stages.lineage import expected_objects
 from lloki_atlas.store.catalog import open_catalog
 
 
@@ -177,7 +177,7 @@ def test_cells_without_a_vector_are_not_trained_on(catalog, records, keys, tmp_p
     rows = {record.slice_id: embedding(catalog, record.slice_id).copy() for record in records}
     rows["simfish_1"][:7] = np.nan
     by_path = {str(catalog.path("embeddings", keys[name]["embed"])): values for name, values in rows.items()}
-    monkeypatch.setattr(integrate, "read_arrays", lambda path, names: {"X_fp": by_path[path]})
+    monkeypatch.setattr(stage, "read_arrays", lambda path, names: {"X_fp": by_path[path]})
     folder = trained(catalog, records, keys, tmp_path / "model")
     assert json.loads((folder / "autoencoder.json").read_bytes())["lineage"]["n_cells"] == 2 * N_CELLS - 7
 

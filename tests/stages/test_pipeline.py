@@ -22,9 +22,9 @@ from support.folders import folder_digest
 from lloki_atlas.engine.plan import Outcome
 from lloki_atlas.errors import InputError, NotFoundError
 from lloki_atlas.stages import embed
-from lloki_atlas.stages.integrate import checkpoint_description
 from lloki_atlas.stages.lineage import STAGES, expected_objects, stage_status
 from lloki_atlas.stages.pipeline import plan, run, status, train_autoencoder
+from lloki_atlas.stages.train import checkpoint_description
 from lloki_atlas.store.catalog import Catalog, commit, history, open_catalog, verify
 from lloki_atlas.store.objects import is_complete
 from lloki_atlas.store.records import STAGE_KINDS, CatalogState, Change
