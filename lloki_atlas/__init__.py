@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AtlasConfig": "lloki_atlas.config",
+    "adapt_autoencoder": "lloki_atlas.stages.adapt",
+    "adaptation_report": "lloki_atlas.stages.adapt",
     "build": "lloki_atlas.stages.build",
     "create_catalog": "lloki_atlas.stages.create",
     "fit_reference": "lloki_atlas.stages.reference",
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from lloki_atlas.config import AtlasConfig
     from lloki_atlas.query import nearest_cells, select_cells
     from lloki_atlas.simulation import simulate
+    from lloki_atlas.stages.adapt import adapt_autoencoder, adaptation_report
     from lloki_atlas.stages.build import build
     from lloki_atlas.stages.create import create_catalog
     from lloki_atlas.stages.ingest import ingest

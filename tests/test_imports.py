@@ -25,6 +25,7 @@ COMMANDS = (
     "run",
     "simulate",
     "train",
+    "adapt",
     "status",
     "sparsity",
     "log",

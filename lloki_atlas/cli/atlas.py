@@ -1,4 +1,4 @@
-"""Commands that make an atlas: demo, simulate, build, create, ingest, plan, run, train."""
+"""Commands that make an atlas: demo, simulate, build, create, ingest, plan, run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Root = Annotated[str, typer.Argument(help="Folder of the catalog.")]
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    for command in (demo, simulate, build, create, ingest, plan, run, train):
+    for command in (demo, simulate, build, create, ingest, plan, run):
         app.command()(command)
 
 
@@ -236,37 +236,6 @@ def run(
             progress=not quiet,
             until=until,
             slices=slices or None,
-        )
-    emit({"version": catalog.version}, as_json=as_json, text=f"version {catalog.version}")
-
-
-def train(
-    root: Root,
-    slices: Annotated[list[str] | None, typer.Option("--slices", help="Slice to train on; repeatable.")] = None,
-    label_key: Annotated[str | None, typer.Option("--label-key", help="Cell types that refine the pairs.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed.", show_default="the atlas's")] = None,
-    workers: Workers = None,
-    gpus: Gpus = None,
-    device_memory: DeviceMemory = None,
-    cluster: Cluster = "local",
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Train the autoencoder anew and encode the atlas with it."""
-    from lloki_atlas.stages.pipeline import train_autoencoder
-    from lloki_atlas.store.catalog import open_catalog
-
-    with client_of(cluster) as client:
-        catalog = train_autoencoder(
-            open_catalog(root, mode="r+"),
-            slices=slices or None,
-            label_key=label_key,
-            random_state=seed,
-            client=client,
-            n_workers=workers,
-            n_gpus=gpus,
-            device_memory_mb=device_memory,
-            progress=not quiet,
         )
     emit({"version": catalog.version}, as_json=as_json, text=f"version {catalog.version}")
 

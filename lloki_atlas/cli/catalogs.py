@@ -20,18 +20,22 @@ def register(app: typer.Typer) -> None:
 
 
 def status(root: Root, version: Version = None, as_json: Json = False) -> None:
-    """Say for each slice and stage whether its output is done, missing or stale."""
+    """Say for each slice whether a stage's output is done, missing or stale, and which models encoded it."""
     from lloki_atlas.stages.lineage import STAGES
     from lloki_atlas.stages.pipeline import status as describe
     from lloki_atlas.store.catalog import open_catalog
 
     state = describe(open_catalog(root, version=version))
     rows = [
-        (part["slice_id"], part["technology"], f"{part['n_cells']:,}", part["n_genes"], *part["stages"].values())
+        (
+            *(part["slice_id"], part["technology"], f"{part['n_cells']:,}", part["n_genes"]),
+            *part["stages"].values(),
+            *(part[name] or "-" for name in ("autoencoder", "token")),
+        )
         for part in state["slices"]
     ]
     text = f"version {state['version']}, {state['n_cells']:,} cells\n" + table(
-        ["slice", "technology", "cells", "genes", *STAGES], rows
+        ["slice", "technology", "cells", "genes", *STAGES, "autoencoder", "token"], rows
     )
     emit(state, as_json=as_json, text=text)
 

@@ -1,20 +1,24 @@
-"""Which cells of a chunk pull and push each other: mutual neighbours, negatives, neighbours to conserve, chunks."""
+"""Which cells of a chunk pull and push each other: positives, negatives, neighbours to conserve, chunks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lloki_atlas.errors import InputError
+from lloki_atlas.kernels.edges import edge_distances
+from lloki_atlas.kernels.selection import largest_of_each, nearest_others, nearest_unlike
+from lloki_atlas.models.mutual import Index, MutualNeighbors, mutual_neighbors
+from lloki_atlas.models.workers import Each, in_turn, parts
 
-Index = NDArray[np.int64]
+Pairing = Literal["symmetric", "published"]
 # fewer cells of a platform in a chunk than this leave too few neighbours to choose from
 MIN_PLATFORM_CELLS = 50
-# squared distances below this share of the squared norms are recomputed from differences: cancellation has eaten them
-CANCELLED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,16 @@ def find_triplets(
     n_neighbors: int,
     generator: np.random.Generator,
     labels: Index | None = None,
+    pairing: Pairing = "symmetric",
+    mutual: Sequence[MutualNeighbors] | None = None,
+    each: Each = in_turn,
 ) -> Triplets:
     """Positives across platforms and negatives within the slice, for the cells of one chunk.
 
     A positive is the nearest mutual neighbour of the anchor in each other platform.
     A negative is a random cell of the anchor's slice, never the anchor; a slice's only cell is no anchor.
+    `published` pairing: the anchor is of the platform with the lower number, and a negative is a random cell of the
+    anchor's platform, the anchor included.
     With labels, positives of another label are dropped and the negative is the nearest cell of another label in
     the slice, where there is one; a cell without a label (-1) is treated as if no labels were given.
 
@@ -58,86 +67,98 @@ def find_triplets(
     generator : numpy.random.Generator
         Source of the random negatives; drawn from once for each anchor.
     labels : (n,) int64, optional
+    pairing : {"symmetric", "published"}
+    mutual : sequence of MutualNeighbors, optional
+        Where they are known already, or of another space; those of the latents otherwise.
+    each : Each
+        What runs the parts.
     """
-    anchors, positives = mutual_pairs(latents, platform=platform, n_neighbors=n_neighbors, labels=labels)
-    sizes = np.unique(slice_codes, return_inverse=True, return_counts=True)
-    paired = sizes[2][sizes[1]][anchors] > 1
-    anchors, positives = anchors[paired], positives[paired]
-    negatives = random_negatives(anchors, slice_codes=slice_codes, generator=generator)
+    if mutual is None:
+        mutual = mutual_neighbors(latents, platform=platform, n_neighbors=n_neighbors, each=each)
+    anchors, positives = nearest_pairs(mutual, len(platform), labels=labels, both=pairing == "symmetric")
+    if pairing == "symmetric":
+        sizes = np.unique(slice_codes, return_inverse=True, return_counts=True)
+        paired = sizes[2][sizes[1]][anchors] > 1
+        anchors, positives = anchors[paired], positives[paired]
+        negatives = random_negatives(anchors, groups=slice_codes, generator=generator)
+    else:
+        negatives = random_negatives(anchors, groups=platform, generator=generator, itself=True)
     if labels is not None:
-        hard = hard_negatives(latents, anchors, slice_codes=slice_codes, labels=labels)
+        hard = hard_negatives(latents, anchors, slice_codes=slice_codes, labels=labels, each=each)
         negatives = np.where(hard >= 0, hard, negatives)
     return Triplets(anchors, positives, negatives)
 
 
-def mutual_pairs(
-    latents: torch.Tensor, *, platform: Index, n_neighbors: int, labels: Index | None = None
+def nearest_pairs(
+    mutual: Sequence[MutualNeighbors], n: int, *, labels: Index | None = None, both: bool = True
 ) -> tuple[Index, Index]:
-    """Nearest mutual neighbour of each cell in each other platform, in both directions.
-
-    Cells i and j of platforms P and Q are mutual neighbours when the cosine of i and j is positive, among the
-    `n_neighbors` largest of i over Q, and among those of j over P; ties with the last of them count.
+    """Nearest mutual neighbour of each cell in each other platform.
 
     Parameters
     ----------
-    latents : (n, d) float32
-    platform : (n,) int64
-    n_neighbors : int
+    mutual : sequence of MutualNeighbors
+        One for each pair of platforms.
+    n : int
+        Cells of the chunk.
     labels : (n,) int64, optional
         Mutual neighbours of different labels are dropped; -1 matches every label.
+    both : bool
+        Whether cells of the second platform anchor, too.
 
     Returns
     -------
     anchors, positives : (m,) int64
-        Ordered by pair of platforms, then anchor; equal cosines give the smaller row.
+        Ordered by pair of platforms, direction, then anchor; equal cosines give the smaller row.
     """
-    norms = torch.linalg.vector_norm(latents, dim=1, keepdim=True)
-    directions = latents / norms.clamp(min=torch.finfo(latents.dtype).tiny)
-    groups = [np.flatnonzero(platform == code) for code in np.unique(platform)]
-    smallest = np.finfo(np.float32).tiny
     found: list[tuple[Index, Index]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-    for second, right in enumerate(groups):
-        for left in groups[:second]:
-            cosines = (directions[left] @ directions[right].T).numpy()
-            turned = np.ascontiguousarray(cosines.T)
-            mutual = cosines >= np.maximum(_floors(cosines, n_neighbors), smallest)[:, None]
-            mutual &= cosines >= _floors(turned, n_neighbors)
-            if labels is not None:
-                a, b = labels[left][:, None], labels[right][None, :]
-                mutual &= (a == b) | (a < 0) | (b < 0)
-            cosines *= mutual
-            found.append(_nearest(cosines, left, right))
-            found.append(_nearest(np.ascontiguousarray(cosines.T), right, left))
+    for left, right, cosines in mutual:
+        if labels is not None:
+            a, b = labels[left], labels[right]
+            kept = (a == b) | (a < 0) | (b < 0)
+            left, right, cosines = left[kept], right[kept], cosines[kept]
+        for anchors, others in ((left, right), (right, left))[: 1 + both]:
+            best = largest_of_each(anchors, cosines, n)
+            best = best[best >= 0]
+            found.append((anchors[best], others[best]))
     return np.concatenate([pair[0] for pair in found]), np.concatenate([pair[1] for pair in found])
 
 
-def random_negatives(anchors: Index, *, slice_codes: Index, generator: np.random.Generator) -> Index:
-    """For each anchor a uniformly random other cell of its slice.
+def random_negatives(anchors: Index, *, groups: Index, generator: np.random.Generator, itself: bool = False) -> Index:
+    """For each anchor a uniformly random other cell of its group.
 
     Parameters
     ----------
     anchors : (m,) int64
-        Cells whose slice has at least two cells in the chunk.
-    slice_codes : (n,) int64
+        Cells whose group has at least two cells in the chunk, unless `itself`.
+    groups : (n,) int64
+        The slice of each cell.
     generator : numpy.random.Generator
+    itself : bool
+        Whether the anchor is one of the cells that are drawn from.
 
     Returns
     -------
     (m,) int64
     """
-    order = np.argsort(slice_codes, kind="stable")
-    _, codes, sizes = np.unique(slice_codes, return_inverse=True, return_counts=True)
+    order = np.argsort(groups, kind="stable")
+    _, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     first, size = starts[codes[anchors]], sizes[codes[anchors]]
-    # one of the others: a draw at or after the anchor's own place moves on by one
-    drawn = first + generator.integers(0, size - 1)
-    chosen: Index = order[drawn + (drawn >= place[anchors])]
+    if itself:
+        drawn = first + generator.integers(0, size)
+    else:
+        # one of the others: a draw at or after the anchor's own place moves on by one
+        drawn = first + generator.integers(0, size - 1)
+        drawn += drawn >= place[anchors]
+    chosen: Index = order[drawn]
     return chosen
 
 
-def hard_negatives(latents: torch.Tensor, anchors: Index, *, slice_codes: Index, labels: Index) -> Index:
+def hard_negatives(
+    latents: torch.Tensor, anchors: Index, *, slice_codes: Index, labels: Index, each: Each = in_turn
+) -> Index:
     """For each anchor the nearest cell (Euclidean) of another label in its slice; -1 where there is none.
 
     Parameters
@@ -146,26 +167,35 @@ def hard_negatives(latents: torch.Tensor, anchors: Index, *, slice_codes: Index,
     anchors : (m,) int64
     slice_codes, labels : (n,) int64
         Cells without a label (-1) neither have nor are hard negatives.
+    each : Each
+        What runs the parts.
 
     Returns
     -------
     (m,) int64
     """
-    chosen = np.full(len(anchors), -1, np.int64)
+    chosen = np.full(len(labels), -1, np.int64)
+    tasks = []
     for code in np.unique(slice_codes[anchors]):
-        asked = np.flatnonzero((slice_codes[anchors] == code) & (labels[anchors] >= 0))
         others = np.flatnonzero((slice_codes == code) & (labels >= 0))
-        if not len(asked) or not len(others):
-            continue
-        squared = _squared_distances(latents[anchors[asked]], latents[others])
-        squared[labels[anchors[asked]][:, None] == labels[others][None, :]] = np.inf
-        nearest = squared.argmin(axis=1)
-        known = np.isfinite(squared[np.arange(len(asked)), nearest])
-        chosen[asked[known]] = others[nearest[known]]
-    return chosen
+        asked = np.intersect1d(others, anchors)
+        tasks += [(asked[part], others) for part in parts(len(asked))]
+
+    def select(task: tuple[Index, Index]) -> None:
+        asked, others = task
+        left, right = latents[torch.from_numpy(asked)], latents[torch.from_numpy(others)]
+        nearest = np.empty(len(asked), np.int64)
+        squares = right.square().sum(dim=1)
+        nearest_unlike((left @ right.T).numpy(), squares.numpy(), labels[asked], labels[others], nearest)
+        chosen[asked] = np.where(nearest >= 0, others[nearest], -1)
+
+    each(select, tasks)
+    return chosen[anchors]
 
 
-def chunk_neighbors(embeddings: torch.Tensor, *, groups: Index, n_neighbors: int) -> tuple[Index, NDArray[np.float32]]:
+def chunk_neighbors(
+    embeddings: torch.Tensor, *, groups: Index, n_neighbors: int, each: Each = in_turn
+) -> tuple[Index, NDArray[np.float32]]:
     """Nearest cells (Euclidean) of each cell in its own group, itself excluded.
 
     Parameters
@@ -174,6 +204,8 @@ def chunk_neighbors(embeddings: torch.Tensor, *, groups: Index, n_neighbors: int
     groups : (n,) int64
         The slice of each cell.
     n_neighbors : int
+    each : Each
+        What runs the parts.
 
     Returns
     -------
@@ -184,20 +216,75 @@ def chunk_neighbors(embeddings: torch.Tensor, *, groups: Index, n_neighbors: int
     """
     neighbors = np.full((len(groups), n_neighbors), -1, np.int64)
     distances = np.zeros((len(groups), n_neighbors), np.float32)
-    for code in np.unique(groups):
-        rows = np.flatnonzero(groups == code)
-        k = min(n_neighbors, len(rows) - 1)
-        if k < 1:
-            continue
-        own = embeddings[rows]
+    members = [rows for rows in (np.flatnonzero(groups == code) for code in np.unique(groups)) if len(rows) > 1]
+
+    def center(rows: Index) -> tuple[torch.Tensor, torch.Tensor]:
         # around their mean the norms are small, and so is what the expanded square loses
+        own = embeddings[torch.from_numpy(rows)]
         own = own - own.mean(dim=0)
-        squared = _squared_distances(own, own)
-        np.fill_diagonal(squared, np.inf)
-        nearest = np.argpartition(squared, k - 1, axis=1)[:, :k]
-        neighbors[rows, :k] = rows[nearest]
-        distances[rows, :k] = _refined(np.take_along_axis(squared, nearest, axis=1), own, nearest)
+        return own, own.square().sum(dim=1)
+
+    centered = each(center, members)
+
+    def select(task: tuple[int, slice]) -> None:
+        group, part = task
+        rows, (own, squares) = members[group], centered[group]
+        k = min(n_neighbors, len(rows) - 1)
+        nearest = np.empty((part.stop - part.start, k), np.int64)
+        near = np.empty(nearest.shape, np.float32)
+        nearest_others(own.numpy(), (own[part] @ own.T).numpy(), squares.numpy(), part.start, nearest, near)
+        neighbors[rows[part], :k], distances[rows[part], :k] = rows[nearest], near
+
+    each(select, [(group, part) for group, rows in enumerate(members) for part in parts(len(rows))])
     return neighbors, distances
+
+
+def in_order(neighbors: Index, distances: NDArray[np.float32]) -> tuple[Index, NDArray[np.float32]]:
+    """Neighbours from the nearest to the farthest, ties by row, those that are missing (-1) last.
+
+    Parameters
+    ----------
+    neighbors : (n, k) int64
+    distances : (n, k) float32
+    """
+    order = np.lexsort((neighbors, np.where(neighbors < 0, np.inf, distances)), axis=1)
+    return np.take_along_axis(neighbors, order, axis=1), np.take_along_axis(distances, order, axis=1)
+
+
+def distant_cells(
+    embeddings: NDArray[np.float32],
+    *,
+    groups: Index,
+    n_cells: int,
+    generator: np.random.Generator,
+    each: Each = in_turn,
+) -> tuple[Index, NDArray[np.float32]]:
+    """For each cell some uniformly random other cells of its group: most of them are far.
+
+    Parameters
+    ----------
+    embeddings : (n, d) float32
+    groups : (n,) int64
+        The slice of each cell.
+    n_cells : int
+    generator : numpy.random.Generator
+
+    Returns
+    -------
+    cells : (n, n_cells) int64
+        -1 for the only cell of a group.
+    distances : (n, n_cells) float32
+        Euclidean; zero where there is no other cell.
+    """
+    cells = np.full((len(groups), n_cells), -1, np.int64)
+    sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(sizes[2][sizes[1]] > 1)
+    for place in range(n_cells):
+        cells[rows, place] = random_negatives(rows, groups=groups, generator=generator)
+    distances = np.zeros(cells.shape, np.float32)
+    own = np.arange(len(groups))
+    each(lambda part: edge_distances(embeddings, own, cells, part.start, part.stop, distances), parts(len(groups)))
+    return cells, distances
 
 
 def balanced_chunks(platform: Index, *, chunk_cells: int, generator: np.random.Generator) -> list[Index]:
@@ -227,32 +314,3 @@ def balanced_chunks(platform: Index, *, chunk_cells: int, generator: np.random.G
             size = max(stop - start, min(len(rows), MIN_PLATFORM_CELLS))
             part.append(rows[(start + np.arange(size)) % len(rows)])
     return [np.concatenate(part) for part in parts]
-
-
-def _floors(cosines: NDArray[np.float32], n_neighbors: int) -> NDArray[np.float32]:
-    """Return the `n_neighbors`-th largest value of each row."""
-    last = cosines.shape[1] - min(n_neighbors, cosines.shape[1])
-    floors: NDArray[np.float32] = np.partition(cosines, last, axis=1)[:, last]
-    return floors
-
-
-def _nearest(cosines: NDArray[np.float32], left: Index, right: Index) -> tuple[Index, Index]:
-    best = cosines.argmax(axis=1)
-    known = cosines[np.arange(len(left)), best] > 0
-    return left[known], right[best[known]]
-
-
-def _squared_distances(left: torch.Tensor, right: torch.Tensor) -> NDArray[np.float32]:
-    squared = left.square().sum(dim=1)[:, None] + right.square().sum(dim=1)[None, :]
-    values: NDArray[np.float32] = squared.addmm_(left, right.T, alpha=-2).clamp_(min=0).numpy()
-    return values
-
-
-def _refined(squared: NDArray[np.float32], rows: torch.Tensor, nearest: Index) -> NDArray[np.float32]:
-    """Distances from squares, recomputed from the differences where cancellation has left few digits."""
-    distances = np.sqrt(squared)
-    norms = rows.square().sum(dim=1).numpy()
-    cell, column = np.nonzero(squared < CANCELLED * norms[:, None])
-    difference = rows[torch.from_numpy(cell)] - rows[torch.from_numpy(nearest[cell, column])]
-    distances[cell, column] = torch.linalg.vector_norm(difference, dim=1).numpy()
-    return distances

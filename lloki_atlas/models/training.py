@@ -1,10 +1,14 @@
-"""Train the conditional autoencoder."""
+"""Train the conditional autoencoder: epochs over chunks from anywhere, held-out cells, checkpoints between epochs."""
 
 from __future__ import annotations
 
+import copy
+import os
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,14 +16,132 @@ from numpy.typing import NDArray
 
 from lloki_atlas.config import AutoencoderConfig
 from lloki_atlas.errors import InputError
-from lloki_atlas.models.autoencoder import N_EMBEDDING, ConditionalAutoencoder
-from lloki_atlas.models.losses import conservation_loss, reconstruction_loss, triplet_loss
-from lloki_atlas.models.pairs import Index, balanced_chunks, chunk_neighbors, find_triplets
+from lloki_atlas.models.autoencoder import ConditionalAutoencoder
+from lloki_atlas.models.criterion import integration_score
+from lloki_atlas.models.pairs import Index
+from lloki_atlas.models.start import start_isometric
+from lloki_atlas.models.step import LOSSES, Chunk, TrainingStep
 from lloki_atlas.models.threads import single_thread
+from lloki_atlas.models.training_arrays import ArraySource
+from lloki_atlas.models.training_chunks import keyed
+from lloki_atlas.models.training_state import Training, Write, restore, saved
 
-LOSSES = ("total", "reconstruction", "triplet", "conservation")
+__all__ = ["LOSSES", "ChunkSource", "best_epoch", "train", "train_autoencoder_on"]
 
-Progress = Callable[[int, int, dict[str, float]], None]
+MAX_THREADS = 4
+# an epoch that lowers the loss of the held-out cells by less than this share is none in which it has improved
+MIN_IMPROVEMENT = 1e-3
+HELD_OUT = "held_out_"
+# cells whose principal directions the weights start from
+START_CELLS = 4000
+
+Losses = dict[str, float]
+Progress = Callable[[int, int, Losses], None]
+
+
+class ChunkSource(Protocol):
+    """Where chunks come from."""
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Names of the tokens in the order of their numbers."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Cells of each token in an epoch."""
+
+    def epoch(self, number: int) -> Generator[Chunk, None, None]:
+        """Chunks of an epoch, the same whenever it is asked for by its number."""
+
+    def held_out(self) -> list[Chunk]:
+        """Chunks of the cells that are never trained on."""
+
+
+def train(
+    source: ChunkSource,
+    config: AutoencoderConfig,
+    *,
+    key: str = "",
+    state: Path | None = None,
+    write: Write | None = None,
+    n_threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[ConditionalAutoencoder, list[Losses]]:
+    """Minimise the three losses (equation 9) by Adam over the chunks of a source.
+
+    Every random number is keyed by seed, epoch and chunk: equal inputs give equal bytes, whatever the number of
+    threads, and a training that goes on from its state gives those of one that was not interrupted.
+
+    Parameters
+    ----------
+    source
+        Chunks of every epoch, and of the cells that are held out.
+    config
+        With `patience` the training ends when the loss of the held-out cells no longer improves, and the weights of
+        the epoch in which it was lowest are returned; with `search` those of the epoch in which these cells scored
+        best, and no epoch is left out; without either, those of the last epoch.
+    key
+        Names this training; a state of another one is refused.
+    state
+        File of the training between two epochs; None keeps none.
+    write
+        Replaces a file as a whole and durably; needed with `state`.
+    n_threads
+        The cores of the machine, at most 4, when None.
+    progress
+        Called after each epoch with its number from 1, the number of epochs, and the losses.
+
+    Returns
+    -------
+    ConditionalAutoencoder
+    list of dict
+        For each epoch `epoch`, `total` and, before weighting, `reconstruction`, `triplet`, `conservation` (means
+        over chunks), and `n_triplets`; with held-out cells the same of them as `held_out_...`, and with `search` also
+        their `biology`, `batch` and `score` (`criterion`); with `patience` or `search` `best_epoch` so far.
+
+    Raises
+    ------
+    InputError
+        If no platform has two cells, a chunk cannot be read, or the losses diverge.
+    CheckpointError
+        If `state` is damaged or belongs to another training.
+    """
+    _check_sizes(source, n_neighbors=config.n_neighbors_mutual)
+    held_out = source.held_out()
+    if config.search and not held_out:
+        raise InputError(
+            "no cells are held out to choose settings by (a platform needs more than 256): leave autoencoder.search off"
+        )
+    if config.patience and not held_out:
+        warnings.warn(
+            "no cells are held out (a platform needs more than 256): autoencoder.patience has no effect, all epochs "
+            "are trained",
+            stacklevel=2,
+        )
+    model = ConditionalAutoencoder(source.tokens, token_size=config.token_size, random_state=config.random_state)
+    with TrainingStep(model, config, n_threads=n_threads or min(MAX_THREADS, os.cpu_count() or 1)) as step:
+        training = Training(step.model, step.optimizer)
+        if state is not None and state.exists():
+            restore(training, state, key)
+        elif config.start == "isometric":
+            with single_thread():
+                start_isometric(model, _sample(source))
+        history = training.history
+        patience = 0 if config.search else config.patience
+        while len(history) < config.n_epochs and not stalled(history, patience):
+            history.append(_run_epoch(step, source, config, len(history) + 1))
+            history[-1] |= _validate(step, held_out, config)
+            if held_out and (config.patience or config.search):
+                history[-1]["best_epoch"] = best_epoch(history)
+                if history[-1]["best_epoch"] == len(history):
+                    training.best = copy.deepcopy(model.state_dict())
+            if state is not None and write is not None:
+                write(state, saved(training, key))
+            if progress is not None:
+                progress(len(history), config.n_epochs, dict(history[-1]))
+    if training.best is not None:
+        model.load_state_dict(training.best)
+    return model.eval(), history
 
 
 def train_autoencoder_on(
@@ -30,11 +152,11 @@ def train_autoencoder_on(
     *,
     config: AutoencoderConfig,
     labels: Index | None = None,
+    hold_out: bool | None = None,
+    n_threads: int | None = None,
     progress: Progress | None = None,
-) -> tuple[ConditionalAutoencoder, list[dict[str, float]]]:
-    """Minimise the three losses (equation 9) by Adam over chunks that are drawn anew in every epoch.
-
-    Equal inputs give equal bytes, whatever the number of threads outside.
+) -> tuple[ConditionalAutoencoder, list[Losses]]:
+    """Train on cells that are in memory; each is in a chunk of every epoch, but for those that are held out.
 
     Parameters
     ----------
@@ -49,124 +171,113 @@ def train_autoencoder_on(
     config : AutoencoderConfig
     labels : (n,) int, optional
         Cell types, -1 where unknown: positives have the same one, negatives are the nearest of another.
-    progress : callable, optional
-        Called after each epoch with its number from 1, the number of epochs, and the losses.
+    hold_out : bool, optional
+        Whether a share `held_out` of each platform's blocks of 256 cells is left out, and its losses told; when
+        None, if `patience` is above 0.
+    n_threads, progress
+        As for `train`.
 
     Returns
     -------
-    ConditionalAutoencoder
-    list of dict
-        For each epoch `epoch`, `total` and, before weighting, `reconstruction`, `triplet`, `conservation` (means
-        over chunks), and `n_triplets`.
+    As `train`.
 
     Raises
     ------
     InputError
-        If the arrays do not fit each other, an embedding is not finite, or the losses diverge.
+        If the arrays do not fit each other, an embedding is not finite, no platform has two cells, or the losses
+        diverge.
     """
-    sample = _checked(embeddings, platform, slice_codes, labels, platforms=platforms)
-    _warn_of_small(sample["platform"], platforms, n_neighbors=config.n_neighbors_mutual)
-    history: list[dict[str, float]] = []
-    with single_thread(), torch.enable_grad():
-        model = ConditionalAutoencoder(platforms, token_size=config.token_size, random_state=config.random_state)
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        for epoch in range(1, config.n_epochs + 1):
-            generator = np.random.default_rng([config.random_state % 2**63, epoch])
-            chunks = balanced_chunks(sample["platform"], chunk_cells=config.chunk_cells, generator=generator)
-            steps = [_step(model, optimizer, _rows(sample, rows), config, generator) for rows in chunks]
-            losses: dict[str, float] = {"epoch": epoch}
-            losses.update({name: sum(step[name] for step in steps) / len(steps) for name in LOSSES})
-            losses["n_triplets"] = sum(int(step["n_triplets"]) for step in steps)
-            if not np.isfinite(losses["total"]):
+    source = ArraySource(embeddings, platform, slice_codes, platforms, config=config, labels=labels, hold_out=hold_out)
+    return train(source, config, n_threads=n_threads, progress=progress)
+
+
+def best_epoch(history: Sequence[Losses]) -> int:
+    """Number of the epoch, from 1, in which the held-out cells scored best or, without scores, lost least; the first
+    of equals.
+    """
+    if HELD_OUT + "score" in history[0]:
+        return 1 + int(np.argmax([losses[HELD_OUT + "score"] for losses in history]))
+    return 1 + int(np.argmin([losses[HELD_OUT + "total"] for losses in history]))
+
+
+def stalled(history: Sequence[Losses], patience: int) -> bool:
+    """Whether the loss of the held-out cells has not improved for so many epochs."""
+    if not patience or not history or HELD_OUT + "total" not in history[0]:
+        return False
+    lowest, last = np.inf, 0
+    for number, losses in enumerate(history):
+        if losses[HELD_OUT + "total"] < lowest * (1 - MIN_IMPROVEMENT):
+            lowest, last = losses[HELD_OUT + "total"], number
+    return len(history) - 1 - last >= patience
+
+
+def _sample(source: ChunkSource) -> torch.Tensor:
+    """Embeddings of the first chunks of the first epoch, at least `START_CELLS` where there are so many."""
+    parts: list[NDArray[np.float32]] = []
+    with closing(source.epoch(1)) as chunks:
+        for chunk in chunks:
+            parts.append(chunk.embeddings)
+            if sum(len(part) for part in parts) >= START_CELLS:
+                break
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _run_epoch(step: TrainingStep, source: ChunkSource, config: AutoencoderConfig, epoch: int) -> Losses:
+    # "fixed" trains on the chunks of the first epoch again and again
+    steps: list[Losses] = []
+    with closing(source.epoch(epoch if config.chunks == "redrawn" else 1)) as chunks:
+        for number, chunk in enumerate(chunks):
+            steps.append(step.update(chunk, keyed(config.random_state, "step", epoch, number)))
+            if not np.isfinite(steps[-1]["total"]):
                 raise InputError(f"training diverged in epoch {epoch}: lower autoencoder.learning_rate")
-            history.append(losses)
-            if progress is not None:
-                progress(epoch, config.n_epochs, dict(losses))
-    return model.eval(), history
+    return {"epoch": epoch, **_means(steps)}
 
 
-def _step(
-    model: ConditionalAutoencoder,
-    optimizer: torch.optim.Optimizer,
-    chunk: dict[str, Any],
-    config: AutoencoderConfig,
-    generator: np.random.Generator,
-) -> dict[str, float]:
-    """One update on one chunk; neighbours across platforms are those of the latents as they are now."""
-    embeddings = torch.from_numpy(chunk["embeddings"])
-    latents, reconstructed = model(embeddings, torch.from_numpy(chunk["platform"]))
-    triplets = find_triplets(
-        latents.detach(),
-        platform=chunk["platform"],
-        slice_codes=chunk["slice_codes"],
-        n_neighbors=config.n_neighbors_mutual,
-        generator=generator,
-        labels=chunk.get("labels"),
-    )
-    ends = [torch.from_numpy(rows) for rows in (triplets.anchors, triplets.positives, triplets.negatives)]
-    neighbors, distances = chunk_neighbors(
-        embeddings, groups=chunk["slice_codes"], n_neighbors=config.n_neighbors_conservation
-    )
-    reconstruction = reconstruction_loss(reconstructed, embeddings)
-    triplet = triplet_loss(latents, *ends, margin=config.margin)
-    conservation = conservation_loss(latents, torch.from_numpy(neighbors), torch.from_numpy(distances))
-    total = (
-        config.reconstruction_weight * reconstruction
-        + config.triplet_weight * triplet
-        + config.conservation_weight * conservation
-    )
-    optimizer.zero_grad()
-    total.backward()
-    optimizer.step()
-    values = (total, reconstruction, triplet, conservation)
-    return {**{name: value.item() for name, value in zip(LOSSES, values, strict=True)}, "n_triplets": len(triplets)}
+def _validate(step: TrainingStep, held_out: Sequence[Chunk], config: AutoencoderConfig) -> Losses:
+    """Losses of the held-out cells, and scores; what is drawn of them at random is the same in every epoch."""
+    steps = [
+        step.losses(chunk, keyed(config.random_state, "validation", number)) for number, chunk in enumerate(held_out)
+    ]
+    if not steps:
+        return {}
+    losses = _means(steps)
+    if config.search:
+        scores = [_score(step.model, chunk) for chunk in held_out]
+        losses |= {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+    return {HELD_OUT + name: value for name, value in losses.items()}
 
 
-def _rows(sample: dict[str, Any], rows: Index) -> dict[str, Any]:
-    return {name: values[rows] for name, values in sample.items()}
-
-
-def _checked(
-    embeddings: NDArray[np.float32],
-    platform: Index,
-    slice_codes: Index,
-    labels: Index | None,
-    *,
-    platforms: Sequence[str],
-) -> dict[str, Any]:
-    values = np.ascontiguousarray(embeddings, dtype=np.float32)
-    if values.ndim != 2 or values.shape[1] != N_EMBEDDING or not len(values):
-        raise InputError(
-            f"embeddings are of shape {values.shape}: give (n_cells, {N_EMBEDDING}) with at least one cell"
+def _score(model: ConditionalAutoencoder, chunk: Chunk) -> Losses:
+    with single_thread(), torch.no_grad():
+        latents = model.encode(torch.from_numpy(chunk.embeddings), torch.from_numpy(chunk.platform)).numpy()
+        return integration_score(
+            chunk.embeddings,
+            latents,
+            platform=chunk.platform,
+            slice_codes=chunk.slice_codes,
+            labels=chunk.labels,
         )
-    unfinished = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if len(unfinished):
-        raise InputError(
-            f"{len(unfinished)} embeddings are not finite (first: row {unfinished[0]}): leave those cells out"
-        )
-    sample: dict[str, Any] = {"embeddings": values}
-    given = {"platform": platform, "slice_codes": slice_codes, "labels": labels}
-    for name, column in given.items():
-        if column is None:
-            continue
-        codes = np.asarray(column)
-        if codes.shape != (len(values),) or codes.dtype.kind not in "iu":
-            raise InputError(
-                f"{name} is {codes.dtype} of shape {codes.shape}: give one whole number for each of {len(values)} cells"
-            )
-        sample[name] = codes.astype(np.int64)
-    counts = np.unique(sample["platform"])
-    if not np.array_equal(counts, np.arange(len(platforms))):
-        raise InputError(
-            f"platform holds the numbers {counts.tolist()}: each of the {len(platforms)} platforms needs its number, "
-            "from 0, and at least one cell"
-        )
-    return sample
 
 
-def _warn_of_small(platform: Index, platforms: Sequence[str], *, n_neighbors: int) -> None:
-    for name, size in zip(platforms, np.bincount(platform), strict=True):
-        if len(platforms) > 1 and size < n_neighbors:
+def _means(steps: Sequence[Losses]) -> Losses:
+    losses = {name: sum(step[name] for step in steps) / len(steps) for name in LOSSES}
+    losses["n_triplets"] = sum(int(step["n_triplets"]) for step in steps)
+    return losses
+
+
+def _check_sizes(source: ChunkSource, *, n_neighbors: int) -> None:
+    if max(source.sizes) < 2:
+        raise InputError(
+            f"no platform has two cells to train on ({', '.join(source.tokens)}): the autoencoder needs more cells"
+        )
+    if len(source.tokens) == 1:
+        warnings.warn(
+            f"one platform ('{source.tokens[0]}'): no triplets, nothing to mix; training keeps to reconstruction and "
+            "conservation",
+            stacklevel=3,
+        )
+    for name, size in zip(source.tokens, source.sizes, strict=True):
+        if len(source.tokens) > 1 and size < n_neighbors:
             warnings.warn(
                 f"platform '{name}' has {size} cells, fewer than n_neighbors_mutual = {n_neighbors}: all are searched",
                 stacklevel=3,

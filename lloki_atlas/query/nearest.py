@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,15 @@ import pandas as pd
 
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.neighbors import Neighbors, merge_neighbors, nearest_rows
-from lloki_atlas.query.select import CellSelection, Region, cells_table, embedding_size, select_cells
+from lloki_atlas.query.select import (
+    CellSelection,
+    Region,
+    cells_table,
+    embedding_size,
+    select_cells,
+    stale_slices,
+)
+from lloki_atlas.stages.lineage import encoder_key
 from lloki_atlas.store.catalog import Catalog
 
 if TYPE_CHECKING:
@@ -126,7 +135,8 @@ def nearest_cells(
 
     Returns
     -------
-    Neighbours, nearest first; ties go to the smaller slice id, then to the earlier row.
+    Neighbours, nearest first; ties go to the smaller slice id, then to the earlier row. Slices whose embedding is of
+    other settings or another model than the version has are left out, with a warning.
 
     Raises
     ------
@@ -145,6 +155,7 @@ def nearest_cells(
         catalog.slice(exclude_slice)
     own_rows = _own_rows(query, catalog, embedding)
     candidates = select_cells(catalog, where=where, region=region, slices=slices)
+    _warn_of_stale(candidates, embedding)
     best = Neighbors(
         np.full((len(vectors), n_neighbors), -1, dtype=np.int32),
         np.full((len(vectors), n_neighbors), np.inf, dtype=np.float32),
@@ -222,18 +233,35 @@ def _own_rows(query: Any, catalog: Catalog, embedding: str) -> np.ndarray | None
     """Row of each cell of a selection in its slice, -1 where this version has other cells by that name."""
     if not isinstance(query, CellSelection):
         return None
-    for role in _ROLES[embedding]:
-        if query.catalog.state.models.get(role) != catalog.state.models.get(role):
-            raise InputError(
-                f"the query's {embedding} is of version {query.catalog.version}, whose {role} is another one: "
-                f"select the cells in version {catalog.version}"
-            )
+    differing = [
+        role for role in _ROLES[embedding] if query.catalog.state.models.get(role) != catalog.state.models.get(role)
+    ]
+    if embedding == "X_lloki" and not differing:
+        records = (query.catalog.slice(slice_id) for slice_id in query.rows)
+        changed = {r.technology for r in records if encoder_key(query.catalog, r) != encoder_key(catalog, r)}
+        differing = [f"token of '{technology}'" for technology in sorted(changed)]
+    if differing:
+        raise InputError(
+            f"the query's {embedding} is of version {query.catalog.version}, whose {differing[0]} is another one: "
+            f"select the cells in version {catalog.version}"
+        )
     parts = []
     for slice_id, rows in query.rows.items():
         held = catalog.state.slices.get(slice_id)
         same = held is not None and held.objects["ingest"] == query.catalog.slice(slice_id).objects["ingest"]
         parts.append(rows if same else np.full(len(rows), -1))
     return np.concatenate(parts)
+
+
+def _warn_of_stale(candidates: CellSelection, embedding: str) -> None:
+    stale = stale_slices(candidates.catalog, candidates.slices, embedding)
+    if stale:
+        more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
+        warnings.warn(
+            f"slices left out: {', '.join(stale[:3])}{more}; their {embedding} was made with other settings or another "
+            "model than the atlas has now, run the atlas first",
+            stacklevel=3,
+        )
 
 
 def _self_rows(

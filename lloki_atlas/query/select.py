@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from lloki_atlas.errors import InputError, NotFoundError
 from lloki_atlas.query.where import Filter, parse_filter
-from lloki_atlas.stages.lineage import expected_objects
+from lloki_atlas.stages.lineage import expected_objects, stage_status
 from lloki_atlas.store.arrays import read_rows
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
@@ -250,6 +250,12 @@ def _plain(column: pd.Series) -> np.ndarray:
     if all(isinstance(value, str) for value in values[~missing]):
         values = np.where(missing, "", values)
     return values
+
+
+def stale_slices(catalog: Catalog, slices: Iterable[str], embedding: str) -> list[str]:
+    """Return those of some slices whose embedding is there, but is not the one that the version expects."""
+    stage = EMBEDDINGS[embedding][0]
+    return [name for name in slices if stage_status(catalog, catalog.slice(name))[stage] == "stale"]
 
 
 def embedding_size(name: str) -> int:

@@ -8,8 +8,8 @@ import numpy as np
 
 from lloki_atlas.engine.plan import Output, Task
 from lloki_atlas.stages.filling import publish_task, tile_tasks, tiled_output
+from lloki_atlas.stages.lineage import atlas_config, token_name
 from lloki_atlas.stages.streaming import frozen_encoder
-from lloki_atlas.stages.train import platform_name
 from lloki_atlas.store.arrays import read_rows
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
@@ -23,7 +23,7 @@ LATENT_SIZE = 128
 
 def run_tile(embedding: np.ndarray, platform: str, encoder: FrozenEncoder) -> np.ndarray:
     """Encode one tile: (n_cells, 512) float16 → (n_cells, 128) float32; NaN rows stay NaN."""
-    return encoder.encode(np.asarray(embedding, dtype=np.float32), platform)
+    return encoder.encode(embedding, platform)
 
 
 def compute(embedding_path: str, model_path: str, platform: str, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -40,7 +40,10 @@ def plan_stage(
     model_key: str,
     encoded_by: tuple[str, ...] = (),
 ) -> list[Task]:
-    """One task per tile, and one that publishes; that one alone when the tasks `encoded_by` encode while they embed."""
+    """One task per tile, and one that publishes; that one alone when the tasks `encoded_by` encode while they embed.
+
+    `model_key` is that of the autoencoder, or of the token of the slice's platform, which brings its autoencoder along.
+    """
     output = _output(catalog, record, keys, model_key)
     if encoded_by:
         prefix = f"integrate/{record.slice_id}"
@@ -68,7 +71,8 @@ def plan_encoding(
 
 
 def _encoding(catalog: Catalog, record: SliceRecord, model_key: str) -> dict[str, str]:
-    return {"model_path": str(catalog.path("models", model_key)), "platform": platform_name(record)}
+    name = token_name(record, atlas_config(catalog).autoencoder.token_by)
+    return {"model_path": str(catalog.path("models", model_key)), "platform": name}
 
 
 def _output(catalog: Catalog, record: SliceRecord, keys: dict[str, str], model_key: str) -> Output:

@@ -10,24 +10,30 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from lloki_atlas.config import to_dict
 from lloki_atlas.engine.plan import Outcome, Output, Plan, Task, link
 from lloki_atlas.errors import InputError
-from lloki_atlas.stages import embed_tasks, integrate, propagate_tasks, reference, streaming, tile, train
+from lloki_atlas.stages import adapt_tasks, embed_tasks, integrate, propagate_tasks, reference, streaming, tile, train
+from lloki_atlas.stages.encoders import Encoders, atlas_slices, choose_encoders, held_tokens
 from lloki_atlas.stages.lineage import (
+    AUTOENCODER,
     STAGES,
+    TOKEN_ROLE,
     atlas_config,
+    encoder_key,
     expected_objects,
     integrate_key,
-    model_key,
     stage_status,
+    token_name,
 )
 from lloki_atlas.store.catalog import Catalog, commit
-from lloki_atlas.store.objects import is_complete
+from lloki_atlas.store.objects import is_complete, read_receipt
 from lloki_atlas.store.records import STAGE_KINDS, Change, SliceRecord
+
+# of a key, to tell models apart by eye
+SHORT = 8
 
 Keys = dict[str, dict[str, str]]  # slice id → stage → key
 
@@ -39,6 +45,8 @@ def plan(
     until: str = "integrate",
     train_on: Iterable[str] | None = None,
     label_key: str | None = None,
+    adapt_on: Iterable[str] | None = None,
+    adapt_seed: int | None = None,
     device_memory_mb: int | None = None,
 ) -> Plan:
     """Plan everything that is missing or stale.
@@ -56,6 +64,11 @@ def plan(
         trained again on its own slices if their embeddings or its settings have changed, and left alone otherwise.
     label_key
         Column of cell types that refines the pairs of a first training; None trains without labels.
+    adapt_on
+        Slices of platforms that the autoencoder does not know, to adapt it to: a token of its own is trained for each
+        platform. Tokens that the atlas has already are adapted again if their embeddings or the autoencoder changed.
+    adapt_seed
+        Seed of these tokens; when None, that of the token a platform has already, else that of the atlas.
     device_memory_mb
         Most that this run takes of a GPU, in 2^20 bytes; what the settings of the embedder say when None.
 
@@ -77,31 +90,34 @@ def plan(
     names = sorted(catalog.state.slices) if slices is None else sorted(set(slices))
     records = {name: catalog.slice(name) for name in names}
     wanted = STAGES[: STAGES.index(until) + 1]
-    encode = "integrate" in wanted and bool(records)
-    model = _choose_model(catalog, names, train_on, label_key) if encode else None
-    trained = {name: catalog.slice(name) for name in model.slices} if model and model.train else {}
-    keys = {name: expected_objects(catalog, record) for name, record in {**trained, **records}.items()}
+    encoders = None
+    if "integrate" in wanted and records:
+        encoders = choose_encoders(
+            catalog, names, train_on=train_on, label_key=label_key, adapt_on=adapt_on, random_state=adapt_seed
+        )
+    read = (
+        {name: catalog.slice(name) for name in encoders.trained_on if name in catalog.state.slices} if encoders else {}
+    )
+    keys = {name: expected_objects(catalog, record) for name, record in {**read, **records}.items()}
 
     tasks: dict[str, Task] = {}
     digest = _embedder_digest(catalog)
-    for name, record in {**trained, **records}.items():
-        encoding = _encoding(catalog, record, keys[name], model) if name in records else None
+    for name, record in {**read, **records}.items():
+        encoding = _encoding(catalog, record, keys[name], encoders) if name in records else None
         for task in _slice_tasks(catalog, record, keys[name], wanted, digest, device_memory_mb, encoding):
             tasks.setdefault(task.name, task)
-    if model is not None:
-        if model.train:
-            task = train.plan_training(
-                catalog, list(trained.values()), keys, model_key=model.key, label_key=model.label_key
-            )
+    if encoders is not None:
+        for task in _model_tasks(catalog, encoders, keys):
             tasks[task.name] = task
         for name, record in records.items():
-            keys[name]["integrate"] = integrate_key(keys[name]["embed"], model.key)
+            key = encoders.key_of(_token_name(catalog, record))
+            keys[name]["integrate"] = integrate_key(keys[name]["embed"], key)
             encoded_by = tuple(task.name for task in tasks.values() if task.slice_id == name and task.also)
-            for task in integrate.plan_stage(catalog, record, keys[name], model_key=model.key, encoded_by=encoded_by):
+            for task in integrate.plan_stage(catalog, record, keys[name], model_key=key, encoded_by=encoded_by):
                 tasks[task.name] = task
     missing = [task for task in tasks.values() if not is_complete(task.output.path)]
     chosen = {name: {stage: keys[name][stage] for stage in wanted} for name in records}
-    return Plan(link(missing), commit=lambda outcome: _commit(catalog, chosen, model, outcome))
+    return Plan(link(missing), commit=lambda outcome: _commit(catalog, chosen, encoders, outcome))
 
 
 def run(
@@ -125,6 +141,7 @@ def train_autoencoder(
     slices: Iterable[str] | None = None,
     label_key: str | None = None,
     random_state: int | None = None,
+    search: bool | None = None,
     client: Any = None,
     progress: bool = True,
     n_workers: int | None = None,
@@ -138,11 +155,15 @@ def train_autoencoder(
     catalog
         Opened with mode "r+".
     slices
-        Slices to train on; all when None. Every panel of the atlas has to be among theirs.
+        Slices to train on; all when None. Every panel of the atlas has to be among theirs, but for those that have a
+        token: the new autoencoder is adapted to these again.
     label_key
         Column of cell types that refines positives and negatives.
     random_state
         Seed; the atlas's own when None.
+    search
+        Whether to choose the conservation weight and the number of epochs on held-out cells; as the atlas says when
+        None.
     client, progress, n_workers, n_gpus
         As for `Plan.run`.
     device_memory_mb
@@ -153,13 +174,15 @@ def train_autoencoder(
     The catalog at the version that holds the new model and the new 128-d embeddings.
     """
     chosen = sorted(catalog.state.slices) if slices is None else sorted(set(slices))
-    if random_state is not None:
+    given: dict[str, Any] = {"random_state": random_state, "search": search}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if asked:
         config = atlas_config(catalog)
-        autoencoder = dataclasses.replace(config.autoencoder, random_state=random_state)
+        autoencoder = dataclasses.replace(config.autoencoder, **asked)
         change = Change(config=to_dict(dataclasses.replace(config, autoencoder=autoencoder)))
-        # what the run would refuse is refused before the seed becomes a version
+        # what the run would refuse is refused before the settings become a version
         plan(dataclasses.replace(catalog, state=catalog.state.apply(change)), train_on=chosen, label_key=label_key)
-        catalog = commit(catalog, change, message=f"autoencoder random_state {random_state}")
+        catalog = commit(catalog, change, message="autoencoder " + ", ".join(f"{n} {v}" for n, v in asked.items()))
     return run(
         catalog,
         client=client,
@@ -172,67 +195,45 @@ def train_autoencoder(
     )
 
 
-@dataclass(frozen=True)
-class _Model:
-    """Which autoencoder encodes the atlas, and whether it has to be trained first."""
-
-    key: str
-    slices: tuple[str, ...]
-    label_key: str | None
-    train: bool
-
-
-def _choose_model(catalog: Catalog, names: list[str], train_on: Iterable[str] | None, label_key: str | None) -> _Model:
-    current = catalog.state.models.get("autoencoder")
-    if current is None or train_on is not None:
-        model = _new_model(catalog, names if train_on is None else sorted(set(train_on)), label_key)
-    else:
-        description = train.checkpoint_description(catalog, current)
-        trained = description["lineage"]["slices"]
-        label_key = description["lineage"]["label_key"]
-        # a slice that has left the atlas stays what the model was made of
-        embeddings = {n: _embed_key(catalog, n) if n in catalog.state.slices else key for n, key in trained.items()}
-        if model_key(atlas_config(catalog), embeddings, label_key) == current:
-            _check_platforms(catalog, names, known=description["platforms"])
-            return _Model(current, tuple(trained), label_key, train=False)
-        model = _new_model(catalog, [name for name in trained if name in catalog.state.slices], label_key)
-    platforms = [train.platform_name(catalog.slice(name)) for name in model.slices]
-    _check_platforms(catalog, names if model.slices else [], known=platforms)
-    return model
-
-
-def _new_model(catalog: Catalog, slices: list[str], label_key: str | None) -> _Model:
-    key = model_key(atlas_config(catalog), {name: _embed_key(catalog, name) for name in slices}, label_key)
-    return _Model(key, tuple(slices), label_key, train=True)
-
-
-def _check_platforms(catalog: Catalog, names: list[str], *, known: list[str]) -> None:
-    for name in names:
-        record = catalog.slice(name)
-        if train.platform_name(record) not in known:
-            raise InputError(
-                f"the encoder has no token for slice '{name}' ({record.technology}, a new panel): train it anew with "
-                "`lloki-atlas train` on slices of every panel, or stop at the 512-d embedding with until='embed'"
+def _model_tasks(catalog: Catalog, encoders: Encoders, keys: Keys) -> Iterator[Task]:
+    """The tasks that train what encodes a run."""
+    if encoders.train:
+        records = [catalog.slice(name) for name in encoders.slices]
+        yield train.plan_training(catalog, records, keys, model_key=encoders.key, label_key=encoders.label_key)
+    atlas = [catalog.slice(name) for name in atlas_slices(catalog, encoders)]
+    for name, token in encoders.tokens.items():
+        if token.adapt:
+            yield adapt_tasks.plan_adaptation(
+                catalog,
+                [catalog.slice(slice_id) for slice_id in token.slices],
+                atlas,
+                keys,
+                platform=name,
+                token_key=token.key,
+                model_key=encoders.key,
+                label_key=encoders.label_key,
+                random_state=token.random_state,
             )
 
 
-def _embed_key(catalog: Catalog, slice_id: str) -> str:
-    return expected_objects(catalog, catalog.slice(slice_id))["embed"]
+def _token_name(catalog: Catalog, record: SliceRecord) -> str:
+    return token_name(record, atlas_config(catalog).autoencoder.token_by)
 
 
 def _encoding(
-    catalog: Catalog, record: SliceRecord, keys: dict[str, str], model: _Model | None
+    catalog: Catalog, record: SliceRecord, keys: dict[str, str], encoders: Encoders | None
 ) -> tuple[dict[str, str], Output] | None:
     """How the tasks that embed a slice encode it as well: with a model that is there, from a device."""
-    config = atlas_config(catalog)
-    if model is None or model.train or config.propagation.diffuse != "counts":
+    config, name = atlas_config(catalog), _token_name(catalog, record)
+    if encoders is None or not encoders.is_ready(name) or config.propagation.diffuse != "counts":
         return None
     if not streaming.uses_device(config.embedder):
         return None
-    keys = {**keys, "integrate": integrate_key(keys["embed"], model.key)}
+    key = encoders.key_of(name)
+    keys = {**keys, "integrate": integrate_key(keys["embed"], key)}
     if any(is_complete(catalog.path("embeddings", keys[stage])) for stage in ("embed", "integrate")):
         return None
-    return integrate.plan_encoding(catalog, record, keys, model_key=model.key)
+    return integrate.plan_encoding(catalog, record, keys, model_key=key)
 
 
 def _slice_tasks(
@@ -266,7 +267,7 @@ def _embedder_digest(catalog: Catalog) -> str:
     return str(json.loads(path.read_bytes())["digest"])
 
 
-def _commit(catalog: Catalog, chosen: Keys, model: _Model | None, outcome: Outcome) -> Catalog:
+def _commit(catalog: Catalog, chosen: Keys, encoders: Encoders | None, outcome: Outcome) -> Catalog:
     """Record every object that is on disk now; nothing new, no new version."""
     slices = {}
     for name, keys in chosen.items():
@@ -277,14 +278,27 @@ def _commit(catalog: Catalog, chosen: Keys, model: _Model | None, outcome: Outco
                 clean_up(catalog, held[stage])
         if {**record.objects, **held} != dict(record.objects):
             slices[name] = dataclasses.replace(record, objects={**record.objects, **held})
-    models = {}
-    if model is not None and is_complete(catalog.path("models", model.key)):
-        models["autoencoder"] = model.key
-    if models == {"autoencoder": catalog.state.models.get("autoencoder")}:
-        models = {}
+    models = _changed_models(catalog, encoders) if encoders is not None else {}
     if not slices and not models:
         return catalog
     return commit(catalog, Change(slices=slices, models=models), message=f"run: {len(slices)} slices")
+
+
+def _changed_models(catalog: Catalog, encoders: Encoders) -> dict[str, str | None]:
+    """The models that a run leaves: a token goes with the autoencoder that it belongs to."""
+    if not is_complete(catalog.path("models", encoders.key)):
+        return {}
+    clean_up(catalog, encoders.key)
+    models: dict[str, str | None] = {AUTOENCODER: encoders.key}
+    if catalog.state.models.get(AUTOENCODER) != encoders.key:
+        models |= {TOKEN_ROLE + name: None for name in held_tokens(catalog)}
+    for name, token in encoders.tokens.items():
+        if is_complete(catalog.path("models", token.key)):
+            models[TOKEN_ROLE + name] = token.key
+    if all(catalog.state.models.get(role) == key for role, key in models.items()):
+        return {}
+    # the autoencoder is named even where it stays: whoever replaces it meanwhile is in conflict with its new tokens
+    return {role: key for role, key in models.items() if role == AUTOENCODER or catalog.state.models.get(role) != key}
 
 
 def clean_up(catalog: Catalog, key: str) -> None:
@@ -298,11 +312,17 @@ def clean_up(catalog: Catalog, key: str) -> None:
 
 
 def status(catalog: Catalog) -> dict[str, Any]:
-    """Say what the catalog holds: version, cells, and for each slice the state of every stage."""
+    """Say what the catalog holds: version, cells, models, and for each slice the state of every stage.
+
+    `autoencoder` and `token` of a slice are the first 8 characters of the keys of the models that its 128-d embedding
+    was made with; `token` is None where the autoencoder knows the platform itself.
+    """
     records = [catalog.state.slices[name] for name in sorted(catalog.state.slices)]
     return {
         "version": catalog.version,
         "n_cells": sum(record.n_cells for record in records),
+        "autoencoder": catalog.state.models.get(AUTOENCODER),
+        "tokens": held_tokens(catalog),
         "slices": [
             {
                 "slice_id": record.slice_id,
@@ -311,7 +331,22 @@ def status(catalog: Catalog) -> dict[str, Any]:
                 "n_cells": record.n_cells,
                 "n_genes": record.n_genes,
                 "stages": stage_status(catalog, record),
+                **_encoded_by(catalog, record),
             }
             for record in records
         ],
     }
+
+
+def _encoded_by(catalog: Catalog, record: SliceRecord) -> dict[str, str | None]:
+    held = record.objects.get("integrate")
+    if held is None:
+        return {"autoencoder": None, "token": None}
+    if held == expected_objects(catalog, record).get("integrate"):
+        key = encoder_key(catalog, record)
+    else:  # of an earlier model
+        key = read_receipt(catalog.path("embeddings", held)).lineage.get("model")
+    if key is None:
+        return {"autoencoder": None, "token": None}
+    base = adapt_tasks.autoencoder_of(catalog, key)
+    return {"autoencoder": base[:SHORT], "token": None if base == key else key[:SHORT]}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -118,17 +117,20 @@ def finish_encoded(
 
 
 def frozen_encoder(model_path: str) -> FrozenEncoder:
-    """Load the encoder of a checkpoint, or take the one that this process already holds."""
-    from lloki_atlas.models.autoencoder_files import WEIGHTS_FILE
+    """Load the encoder of a checkpoint, or take the one that this process already holds.
 
-    file = Path(model_path) / WEIGHTS_FILE
-    # size and time of the file: a checkpoint that was restored under a running worker is read again
-    stamp = (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else (0, 0)
-    return _encoder(model_path, stamp)
+    The checkpoint is an autoencoder, or the token of a platform with the autoencoder beside it.
+    """
+    from lloki_atlas.models.autoencoder_files import weight_files
+
+    # size and time of the files: a checkpoint that was restored under a running worker is read again
+    found = [file.stat() if file.exists() else None for file in weight_files(model_path)]
+    return _encoder(model_path, tuple((stat.st_size, stat.st_mtime_ns) if stat else (0, 0) for stat in found))
 
 
-@lru_cache(maxsize=1)
-def _encoder(model_path: str, stamp: tuple[int, int]) -> FrozenEncoder:
+# slices of several platforms take turns in a worker; an encoder is a few megabytes
+@lru_cache(maxsize=8)
+def _encoder(model_path: str, stamp: tuple[tuple[int, int], ...]) -> FrozenEncoder:
     from lloki_atlas.models.autoencoder_files import load_encoder
 
     return load_encoder(model_path)

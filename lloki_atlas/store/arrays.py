@@ -6,13 +6,20 @@ Text is stored as variable-length strings and read back as object arrays of `str
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import RangeByteRequest
+from zarr.buffer import default_buffer_prototype
+from zarr.codecs import BytesCodec
+from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import LocalStore
 
@@ -197,6 +204,46 @@ def read_rows(path: str | Path, name: str, start: int, stop: int) -> np.ndarray:
     return read_values(array, slice(start, stop))
 
 
+def read_row_blocks(path: str | Path, name: str, blocks: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Read several short ranges of rows of one array, one below the other in the order given.
+
+    Of chunks that are stored plain, as vectors of floats are, only the bytes of these rows are read; of others each
+    chunk once where the ranges ascend.
+
+    Parameters
+    ----------
+    path
+        Folder of the group.
+    name
+        The array; not text.
+    blocks
+        First row and end of each range.
+
+    Raises
+    ------
+    InputError
+        If rows lie outside the array.
+    FormatError
+        If a chunk is cut short.
+    """
+    array = _open_array(path, name)
+    n_rows, chunk_rows = array.shape[0], array.chunks[0]
+    pieces: list[tuple[int, int]] = []  # of one chunk each
+    for start, stop in blocks:
+        if not 0 <= start <= stop <= n_rows:
+            raise InputError(f"array '{name}' of {path} has {n_rows} rows: rows {start} to {stop} lie outside")
+        bounds = [start, *range((start // chunk_rows + 1) * chunk_rows, stop, chunk_rows), stop]
+        pieces += [(first, last) for first, last in pairwise(bounds) if first < last]
+    values = np.empty((sum(stop - start for start, stop in pieces), *array.shape[1:]), dtype=array.dtype)
+    ends = np.cumsum([stop - start for start, stop in pieces])
+    places = [values[end - (stop - start) : end] for end, (start, stop) in zip(ends, pieces, strict=True)]
+    if _is_plain(array):
+        sync(_read_plain(array, pieces, places))
+    else:
+        _read_decoded(array, pieces, places)
+    return values
+
+
 def read_attributes(path: str | Path) -> dict[str, Any]:
     """Read the attributes of a group."""
     return dict(_open_group(path).attrs)
@@ -213,9 +260,49 @@ def read_values(array: zarr.Array, selection: Any) -> np.ndarray:
     try:
         values = np.asarray(array[selection])
     except (ValueError, RuntimeError, UnicodeDecodeError) as error:
-        place = f"array '{array.path}' of {getattr(array.store, 'root', array.store)}"
-        raise FormatError(f"{place} is damaged: verify the catalog and run the stage again") from error
+        raise _damaged(array) from error
     return values.astype(object) if _is_text(values.dtype) else values
+
+
+def _is_plain(array: zarr.Array) -> bool:
+    """Whether a chunk's bytes are its rows one after the other, as the machine has them."""
+    if array.filters or array.compressors or array.shards is not None or array.chunks[1:] != array.shape[1:]:
+        return False
+    codec = array.serializer
+    return isinstance(codec, BytesCodec) and (codec.endian is None or codec.endian.value == sys.byteorder)
+
+
+async def _read_plain(array: zarr.Array, pieces: Sequence[tuple[int, int]], places: Sequence[np.ndarray]) -> None:
+    row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:]))
+    prototype, chunk_rows = default_buffer_prototype(), array.chunks[0]
+
+    async def read(piece: tuple[int, int], place: np.ndarray) -> None:
+        key = array.metadata.encode_chunk_key((piece[0] // chunk_rows, *(0 for _ in array.shape[1:])))
+        first = piece[0] % chunk_rows * row_bytes
+        request = RangeByteRequest(first, first + place.nbytes)
+        found = await (array.store_path / key).get(prototype=prototype, byte_range=request)
+        if found is None:  # never written
+            place[...] = array.fill_value
+        elif len(found) != place.nbytes:
+            raise _damaged(array)
+        else:
+            place[...] = np.frombuffer(found.as_numpy_array(), dtype=array.dtype).reshape(place.shape)
+
+    await asyncio.gather(*(read(piece, place) for piece, place in zip(pieces, places, strict=True)))
+
+
+def _read_decoded(array: zarr.Array, pieces: Sequence[tuple[int, int]], places: Sequence[np.ndarray]) -> None:
+    chunk_rows, held, rows = array.chunks[0], -1, np.empty(0)
+    for (start, stop), place in zip(pieces, places, strict=True):
+        first = start // chunk_rows * chunk_rows
+        if first != held:
+            held, rows = first, read_values(array, slice(first, first + chunk_rows))
+        place[...] = rows[start - first : stop - first]
+
+
+def _damaged(array: zarr.Array) -> FormatError:
+    place = f"array '{array.path}' of {getattr(array.store, 'root', array.store)}"
+    return FormatError(f"{place} is damaged: verify the catalog and run the stage again")
 
 
 def _is_text(dtype: np.dtype) -> bool:

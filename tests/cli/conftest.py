@@ -1,11 +1,15 @@
-"""The atlas that the tests of this folder ask."""
+"""The atlases that the tests of this folder ask."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from support.adapted import grown
+from support.atlases import built, client, ingested, sources
 from support.queries import build_once
+
+__all__ = ["built", "client", "grown", "ingested", "root", "sources"]
 
 
 @pytest.fixture(scope="session")

@@ -36,11 +36,16 @@ OPTIONS = {
         "--slices",
         "--label-key",
         "--seed",
+        "--search",
         "--workers",
         "--gpus",
         "--device-memory",
         "--cluster",
         "--quiet",
+        "--json",
+    ],
+    "adapt": [
+        *("--technology", "--slices", "--seed", "--workers", "--gpus", "--device-memory", "--cluster", "--quiet"),
         "--json",
     ],
     "pretrain": [
@@ -244,11 +249,11 @@ def run_main_create(folder, root):
 
 def test_status_says_what_the_catalog_holds(root):
     state = run_main("status", root, "--json").json
-    assert set(state) == {"version", "n_cells", "slices"}
+    assert set(state) == {"version", "n_cells", "autoencoder", "tokens", "slices"}
     assert (state["version"], state["n_cells"]) == (6, 4 * N_CELLS)
     assert [part["slice_id"] for part in state["slices"]] == list(IDS)
     for part in state["slices"]:
-        assert {"slice_id", "technology", "n_cells", "n_genes", "stages"} <= set(part)
+        assert {"slice_id", "technology", "n_cells", "n_genes", "stages", "autoencoder", "token"} <= set(part)
         assert list(part["stages"]) == STAGES
         assert part["n_cells"] == N_CELLS
 

@@ -9,13 +9,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lloki_atlas.errors import InputError
+from lloki_atlas.models.mutual import mutual_neighbors
 from lloki_atlas.models.pairs import (
     MIN_PLATFORM_CELLS,
     Triplets,
     balanced_chunks,
     chunk_neighbors,
+    distant_cells,
     find_triplets,
-    mutual_pairs,
+    in_order,
+    nearest_pairs,
     random_negatives,
 )
 
@@ -26,6 +29,11 @@ def latents(n: int, d: int = 8, *, seed: int = 0) -> torch.Tensor:
 
 def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def mutual_pairs(z: torch.Tensor, *, platform: np.ndarray, n_neighbors: int, **options):
+    """Anchors and their nearest mutual neighbours in each other platform."""
+    return nearest_pairs(mutual_neighbors(z, platform=platform, n_neighbors=n_neighbors), len(platform), **options)
 
 
 def test_triplets_of_unequal_length_are_refused():
@@ -152,17 +160,47 @@ def test_negatives_are_other_cells_of_the_same_slice(seed: int):
     slices = np.concatenate([np.repeat(rng.choice(100, 4, replace=False), 2), rng.integers(0, 3, 10)])
     rng.shuffle(slices)
     shared = np.flatnonzero(np.isin(slices, [code for code in slices if (slices == code).sum() > 1]))
-    negatives = random_negatives(shared, slice_codes=slices, generator=rng)
+    negatives = random_negatives(shared, groups=slices, generator=rng)
     assert (slices[negatives] == slices[shared]).all()
     assert (negatives != shared).all()
 
 
 def test_every_other_cell_of_the_slice_can_be_the_negative():
     slices = np.array([5, 3, 5, 5, 3, 5])
-    negatives = random_negatives(np.full(500, 2), slice_codes=slices, generator=generator())
+    negatives = random_negatives(np.full(500, 2), groups=slices, generator=generator())
     counts = np.bincount(negatives, minlength=6)
     assert set(np.flatnonzero(counts)) == {0, 3, 5}
     assert counts[[0, 3, 5]].min() > 120
+
+
+def test_the_anchor_itself_is_drawn_only_where_it_may_be():
+    slices = np.array([5, 3, 5, 5, 3, 5])
+    drawn = random_negatives(np.full(500, 2), groups=slices, generator=generator(), itself=True)
+    counts = np.bincount(drawn, minlength=6)
+    assert set(np.flatnonzero(counts)) == {0, 2, 3, 5}
+    assert counts[[0, 2, 3, 5]].min() > 90
+
+
+def test_published_pairs_anchor_in_the_lower_platform_and_push_within_it():
+    platform = np.repeat([2, 0, 1], 20)
+    columns = {"platform": platform, "slice_codes": np.arange(60) % 7, "n_neighbors": 8}
+    both = find_triplets(latents(60), **columns, generator=generator())
+    published = find_triplets(latents(60), **columns, generator=generator(), pairing="published")
+    assert (platform[published.anchors] < platform[published.positives]).all()
+    assert (platform[published.negatives] == platform[published.anchors]).all()
+    pairs = list(zip(both.anchors, both.positives, strict=True))
+    lower = {(a, p) for a, p in pairs if platform[a] < platform[p]}
+    assert set(zip(published.anchors, published.positives, strict=True)) == lower
+    assert 0 < len(published) == len(lower) < len(both)
+
+
+def test_pairs_of_another_space_are_taken_as_they_are():
+    platform = np.repeat([0, 1], 20)
+    columns = {"platform": platform, "slice_codes": platform, "n_neighbors": 5}
+    elsewhere = mutual_neighbors(latents(40, seed=5), platform=platform, n_neighbors=5)
+    found = find_triplets(latents(40), **columns, generator=generator(), mutual=elsewhere)
+    expected = find_triplets(latents(40, seed=5), **columns, generator=generator())
+    np.testing.assert_array_equal(found.positives, expected.positives)
 
 
 def test_the_only_cell_of_a_slice_is_no_anchor():
@@ -243,3 +281,29 @@ def test_another_key_gives_other_chunks():
 
 def test_a_sample_smaller_than_a_chunk_is_one_chunk():
     assert len(chunks(chunk_cells=5000)) == 1
+
+
+def test_neighbours_are_put_in_order_with_the_missing_ones_last():
+    neighbors, distances = np.array([[4, -1, 2, 3]]), np.array([[0.5, 0.0, 0.1, 0.1]], np.float32)
+    found, near = in_order(neighbors, distances)
+    assert found.tolist() == [[2, 3, 4, -1]]
+    np.testing.assert_array_equal(near, np.array([[0.1, 0.1, 0.5, 0.0]], np.float32))
+
+
+def test_distant_cells_are_other_cells_of_the_slice_at_their_distance():
+    rng = np.random.default_rng(0)
+    rows, groups = rng.normal(size=(60, 16)).astype(np.float32), rng.integers(0, 3, 60)
+    cells, distances = distant_cells(rows, groups=groups, n_cells=4, generator=np.random.default_rng(1))
+    assert cells.shape == (60, 4)
+    assert (groups[cells] == groups[:, None]).all()
+    assert (cells != np.arange(60)[:, None]).all()
+    np.testing.assert_allclose(distances, np.linalg.norm(rows[:, None] - rows[cells], axis=2), atol=1e-5)
+    again, _ = distant_cells(rows, groups=groups, n_cells=4, generator=np.random.default_rng(1))
+    assert (again == cells).all()
+
+
+def test_the_only_cell_of_a_slice_has_no_distant_cells():
+    rows = np.eye(3, dtype=np.float32)
+    cells, distances = distant_cells(rows, groups=np.array([0, 0, 1]), n_cells=2, generator=np.random.default_rng(0))
+    assert cells.tolist() == [[1, 1], [0, 0], [-1, -1]]
+    assert (distances[2] == 0).all()

@@ -1,28 +1,34 @@
-"""Training on a sample in memory, and the checkpoint."""
+"""Training on a sample in memory, and the loop's promises: same bytes, checkpoints, early stopping, refusals."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
-from lloki_atlas.config import AutoencoderConfig, digest
-from lloki_atlas.errors import CheckpointError, InputError
+from lloki_atlas.config import AutoencoderConfig
+from lloki_atlas.errors import InputError
 from lloki_atlas.models.autoencoder import ConditionalAutoencoder
-from lloki_atlas.models.autoencoder_files import load_encoder, save_checkpoint
 from lloki_atlas.models.encoder import FrozenEncoder
+from lloki_atlas.models.step import Chunk, TrainingStep
 from lloki_atlas.models.threads import single_thread
-from lloki_atlas.models.training import train_autoencoder_on
+from lloki_atlas.models.training import MIN_IMPROVEMENT, best_epoch, stalled, train, train_autoencoder_on
+from lloki_atlas.models.training_arrays import ArraySource
+from lloki_atlas.models.training_chunks import keyed
 
-PLATFORMS = ["MERFISH|a", "Xenium|b"]
-CONFIG = AutoencoderConfig(n_epochs=3, chunk_cells=80, n_neighbors_mutual=10, n_neighbors_conservation=5)
-LINEAGE = {"sample": "0123", "slices": ["one", "two"]}
+# as published, but for the weight of conservation, which belongs to other embeddings
+CONFIG = AutoencoderConfig(
+    preset="paper",
+    conservation_weight=1.0,
+    n_epochs=3,
+    chunk_cells=80,
+    n_neighbors_mutual=10,
+    n_neighbors_conservation=5,
+)
 
 
 @dataclasses.dataclass
@@ -124,6 +130,26 @@ def test_equal_inputs_give_equal_bytes():
     assert bits(sample().train()[0]) == bits(sample().train()[0])
 
 
+def test_weights_that_start_isometric_reconstruct_from_the_outset():
+    first = {}
+    for start in ("isometric", "random"):
+        model, history = sample(400).train(dataclasses.replace(CONFIG, start=start, n_epochs=1, learning_rate=1e-30))
+        first[start] = history[0]
+        again, _ = sample(400).train(
+            dataclasses.replace(CONFIG, start=start, n_epochs=1, learning_rate=1e-30), n_threads=3
+        )
+        assert bits(model) == bits(again)
+    assert first["isometric"]["reconstruction"] < 0.5 * first["random"]["reconstruction"]
+    assert first["isometric"]["conservation"] < 0.5 * first["random"]["conservation"]
+
+
+def test_the_settings_that_are_the_default_train():
+    model, history = sample(400).train(AutoencoderConfig(n_epochs=2, chunk_cells=200))
+    assert all(np.isfinite(value) for losses in history for value in losses.values())
+    assert history[1]["total"] < history[0]["total"]
+    assert np.isfinite(latents_of(model, sample(40))).all()
+
+
 def test_another_random_state_gives_another_model():
     other = dataclasses.replace(CONFIG, random_state=1)
     assert bits(sample().train()[0]) != bits(sample().train(other)[0])
@@ -168,8 +194,9 @@ def test_chunks_are_drawn_anew_in_every_epoch():
     assert history[0]["conservation"] != history[1]["conservation"]
 
 
-def test_one_platform_has_no_triplets():
-    _, history = sample(80, n_platforms=1).train()
+def test_one_platform_has_no_triplets_and_is_told():
+    with pytest.warns(UserWarning, match=r"one platform \('platform 0'\): no triplets, nothing to mix"):
+        _, history = sample(80, n_platforms=1).train()
     assert {losses["triplet"] for losses in history} == {0.0}
     assert {losses["n_triplets"] for losses in history} == {0}
     assert history[-1]["total"] < history[0]["total"]
@@ -185,12 +212,17 @@ def test_a_platform_of_three_cells_does_not_crash_and_is_told():
     assert np.isfinite(latents_of(model, cells)).all()
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_handful_of_cells_does_not_crash(n: int):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, history = sample(n, n_platforms=n).train()
+@pytest.mark.filterwarnings("ignore:platform|one platform")
+@pytest.mark.parametrize(("n", "n_platforms"), [(2, 1), (3, 2)])
+def test_a_handful_of_cells_does_not_crash(n: int, n_platforms: int):
+    _, history = sample(n, n_platforms=n_platforms).train()
     assert np.isfinite(history[-1]["total"])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_platforms_of_one_cell_each_are_refused_by_name(n: int):
+    with pytest.raises(InputError, match=r"no platform has two cells to train on \(platform 0"):
+        sample(n, n_platforms=n).train()
 
 
 def test_identical_cells_do_not_crash():
@@ -208,7 +240,9 @@ def test_labels_change_the_training():
 
 def test_unknown_labels_leave_the_training_as_it_is():
     cells = sample(160)
-    assert bits(cells.train(labels=np.full(160, -1))[0]) == bits(cells.train()[0])
+    with pytest.warns(UserWarning, match="no cell has a label"):
+        unknown = cells.train(labels=np.full(160, -1))[0]
+    assert bits(unknown) == bits(cells.train()[0])
 
 
 def test_embeddings_that_are_not_finite_are_refused_by_row():
@@ -238,6 +272,137 @@ def test_divergence_is_an_error_that_names_the_setting():
         sample(60).train(dataclasses.replace(CONFIG, n_epochs=20, learning_rate=1e18))
 
 
+def patient(**changes) -> AutoencoderConfig:
+    return dataclasses.replace(
+        CONFIG, **{"chunk_cells": 400, "patience": 2, "held_out": 0.3, "n_epochs": 30, **changes}
+    )
+
+
+class Contrary(ArraySource):
+    """The held-out cells are the opposite of those that are trained on: what is learned makes them worse."""
+
+    def held_out(self) -> list[Chunk]:
+        return [dataclasses.replace(chunk, embeddings=-chunk.embeddings) for chunk in super().held_out()]
+
+
+def source_of(cells: Sample, config: AutoencoderConfig, kind: type[ArraySource] = ArraySource) -> ArraySource:
+    return kind(cells.embeddings, cells.platform, cells.platform, ["a", "b"], config=config, hold_out=True)
+
+
+def evaluated(model: ConditionalAutoencoder, source: ArraySource, config: AutoencoderConfig) -> float:
+    """Total loss of the held-out cells."""
+    with TrainingStep(model, config) as step:
+        losses = [
+            step.losses(chunk, keyed(config.random_state, "validation", number))["total"]
+            for number, chunk in enumerate(source.held_out())
+        ]
+    return sum(losses) / len(losses)
+
+
+def test_training_ends_when_the_held_out_cells_no_longer_improve():
+    _, history = sample(1200).train(patient(learning_rate=1e-30))
+    assert len(history) == 3
+    assert history[-1]["best_epoch"] == 1
+
+
+def test_training_that_improves_goes_on_to_the_last_epoch():
+    _, history = sample(1200).train(patient(patience=1, n_epochs=4))
+    assert len(history) == 4
+    assert history[-1]["best_epoch"] == 4
+
+
+def test_the_weights_of_the_best_epoch_are_returned():
+    config = patient(n_epochs=6, patience=6, learning_rate=5e-3, triplet_weight=0.0, conservation_weight=0.0)
+    source = source_of(sample(1200), config, Contrary)
+    model, history = train(source, config)
+    totals = [losses["held_out_total"] for losses in history]
+    best = int(np.argmin(totals)) + 1
+    assert best < len(history) == 6
+    assert [losses["best_epoch"] for losses in history] == [
+        int(np.argmin(totals[: number + 1])) + 1 for number in range(len(history))
+    ]
+    assert evaluated(model, source, config) == totals[best - 1]
+    shorter, _ = train(source, dataclasses.replace(config, n_epochs=best))
+    assert bits(shorter) == bits(model)
+
+
+def test_the_first_of_equal_epochs_is_the_best():
+    assert best_epoch([{"held_out_total": value} for value in (3.0, 1.0, 2.0, 1.0)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("totals", "stops"),
+    [
+        ([1.0, 1.0, 1.0], True),
+        ([1.0, 0.9, 0.8], False),
+        ([1.0, 2.0, 0.5, 0.6], False),
+        ([1.0, 2.0, 0.5, 0.6, 0.7], True),
+        ([1.0, 1.0 - 0.4 * MIN_IMPROVEMENT, 1.0 - 0.8 * MIN_IMPROVEMENT], True),
+        ([1.0, 1.0 - 0.6 * MIN_IMPROVEMENT, 1.0 - 1.2 * MIN_IMPROVEMENT], False),
+        ([], False),
+    ],
+)
+def test_patience_counts_epochs_without_an_improvement(totals: list[float], stops: bool):
+    assert stalled([{"held_out_total": value} for value in totals], 2) == stops
+
+
+@pytest.mark.parametrize("changed", [{}, {"n_distant": 3}, {"preset": "default", "n_distant": 5, "negatives": "none"}])
+def test_a_training_that_goes_on_from_its_state_ends_in_the_same_bytes(tmp_path: Path, changed: dict[str, Any]):
+    class StopError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise StopError
+
+    config = patient(n_epochs=3, patience=9, **changed)
+    source, state = source_of(sample(900), config), tmp_path / "key.training"
+    with pytest.raises(StopError):
+        train(source, config, state=state, write=Path.write_bytes, progress=stop)
+    model, history = train(source, config, state=state, write=Path.write_bytes)
+    whole, expected = train(source, config)
+    assert history == expected
+    assert bits(model) == bits(whole)
+
+
+def test_held_out_cells_are_told_without_patience_and_the_last_weights_returned():
+    config = patient(patience=0, n_epochs=2)
+    source = source_of(sample(1200), config)
+    model, history = train(source, config)
+    assert all(np.isfinite(losses["held_out_conservation"]) for losses in history)
+    assert "best_epoch" not in history[-1]
+    assert evaluated(model, source, config) == history[-1]["held_out_total"]
+
+
+def test_nothing_is_held_out_without_patience():
+    _, history = sample(1200).train(patient(patience=0, n_epochs=1))
+    assert not [name for name in history[0] if name.startswith("held_out")]
+
+
+def test_cells_that_are_held_out_do_not_move_the_weights():
+    cells, config = sample(1200), patient(n_epochs=2)
+    source = source_of(cells, config)
+    left_out = np.concatenate([chunk.embeddings for chunk in source.held_out()])
+    one = bits(train(source, config)[0])
+    changed = cells.embeddings.copy()
+    rows = {row.tobytes() for row in left_out}
+    changed[[row.tobytes() in rows for row in changed]] *= 0.5
+    other = source_of(dataclasses.replace(cells, embeddings=changed), config)
+    assert bits(train(other, config)[0]) == one
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_the_number_of_threads_changes_no_byte(n_threads: int):
+    cells = sample(400)
+    assert bits(cells.train(n_threads=n_threads)[0]) == bits(cells.train(n_threads=4)[0])
+
+
+def test_labels_of_one_class_are_told_and_change_nothing():
+    cells = sample(160)
+    with pytest.warns(UserWarning, match="all labels are the same"):
+        labelled = cells.train(labels=np.full(160, 3))[0]
+    assert bits(labelled) == bits(cells.train()[0])
+
+
 def test_single_thread_restores_the_setting_after_an_error():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -247,132 +412,3 @@ def test_single_thread_restores_the_setting_after_an_error():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    model = ConditionalAutoencoder(PLATFORMS, random_state=5)
-    save_checkpoint(tmp_path / "model", model, config=CONFIG, history=[{"epoch": 1, "total": 0.5}], lineage=LINEAGE)
-    return tmp_path / "model"
-
-
-def rewrite(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Other weights under a digest that fits them."""
-    data = safetensors.torch.save(weights)
-    (folder / "weights.safetensors").write_bytes(data)
-    redescribe(folder, weights_digest=digest(data))
-
-
-def redescribe(folder: Path, **changes: object) -> None:
-    path = folder / "autoencoder.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load((folder / "weights.safetensors").read_bytes())
-
-
-def test_a_saved_encoder_gives_the_same_bytes(checkpoint: Path):
-    encoder = FrozenEncoder(ConditionalAutoencoder(PLATFORMS, random_state=5))
-    cells = sample(30).embeddings
-    for platform in PLATFORMS:
-        assert load_encoder(checkpoint).encode(cells, platform).tobytes() == encoder.encode(cells, platform).tobytes()
-
-
-def test_a_checkpoint_keeps_platforms_in_order(checkpoint: Path):
-    assert load_encoder(checkpoint).platforms == tuple(PLATFORMS)
-
-
-def test_the_description_holds_settings_history_shapes_and_lineage(checkpoint: Path):
-    description = json.loads((checkpoint / "autoencoder.json").read_text())
-    assert description["config"] == dataclasses.asdict(CONFIG)
-    assert description["history"] == [{"epoch": 1, "total": 0.5}]
-    assert description["shapes"]["encoder.0.weight"] == [256, 522]
-    assert description["lineage"] == LINEAGE
-    assert description["weights_digest"] == digest((checkpoint / "weights.safetensors").read_bytes())
-
-
-def test_a_trained_model_is_saved_in_equal_bytes_twice(tmp_path: Path):
-    for name in ("one", "two"):
-        model, history = sample(60).train(platforms=PLATFORMS)
-        save_checkpoint(tmp_path / name, model, config=CONFIG, history=history, lineage=LINEAGE)
-    for file in ("weights.safetensors", "autoencoder.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-
-
-def test_loading_leaves_the_global_random_state_alone(checkpoint: Path):
-    before = torch.get_rng_state()
-    load_encoder(checkpoint)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("key", ["encoder.0.weight", "encoder.2.bias", "decoder_tokens.weight"])
-def test_a_missing_weight_is_named(checkpoint: Path, key: str):
-    weights = weights_of(checkpoint)
-    del weights[key]
-    rewrite(checkpoint, weights)
-    with pytest.raises(CheckpointError, match=rf"'{key}'.*found nothing, expected float32"):
-        load_encoder(checkpoint)
-
-
-def test_an_unknown_weight_is_named(checkpoint: Path):
-    rewrite(checkpoint, weights_of(checkpoint) | {"encoder.3.weight": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"'encoder.3.weight'.*found float32 \(2,\), expected nothing"):
-        load_encoder(checkpoint)
-
-
-def test_a_weight_of_another_shape_is_named(checkpoint: Path):
-    rewrite(checkpoint, weights_of(checkpoint) | {"encoder.1.weight": torch.zeros(175, 255)})
-    with pytest.raises(CheckpointError, match=r"'encoder.1.weight'.*\(175, 255\), expected float32 \(175, 256\)"):
-        load_encoder(checkpoint)
-
-
-def test_a_weight_of_another_dtype_is_named(checkpoint: Path):
-    weights = weights_of(checkpoint)
-    rewrite(checkpoint, weights | {"encoder.1.bias": weights["encoder.1.bias"].double()})
-    with pytest.raises(CheckpointError, match=r"'encoder.1.bias'.*found float64 \(175,\), expected float32"):
-        load_encoder(checkpoint)
-
-
-def test_a_changed_number_is_found_by_the_digest(checkpoint: Path):
-    path = checkpoint / "weights.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="digest"):
-        load_encoder(checkpoint)
-
-
-@pytest.mark.parametrize("file", ["weights.safetensors", "autoencoder.json"])
-@pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
-def test_a_damaged_file_is_named(checkpoint: Path, file: str, damage: str):
-    path = checkpoint / file
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:40] if damage == "cut" else b"")
-    with pytest.raises(CheckpointError, match=file):
-        load_encoder(checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": 99}, "format 99"),
-        ({"platforms": None}, "'platforms'"),
-        ({"platforms": []}, "platforms"),
-        ({"platforms": ["a", "b", "c"]}, "'decoder_tokens.weight'"),
-        ({"config": {"token_size": 12}}, "expected float32"),
-        ({"config": {"colour": 1}}, "colour"),
-        ({"weights_digest": "0" * 32}, "digest"),
-    ],
-)
-def test_a_description_that_does_not_fit_is_refused(checkpoint: Path, change: dict[str, object], message: str):
-    redescribe(checkpoint, **change)
-    with pytest.raises(CheckpointError, match=message):
-        load_encoder(checkpoint)
-
-
-def test_an_unknown_platform_after_loading_names_the_known_ones(checkpoint: Path):
-    with pytest.raises(InputError, match=r"MERFISH\|a, Xenium\|b"):
-        load_encoder(checkpoint).encode(np.zeros((1, 512), np.float32), "CosMx|c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from support.adapted import adapted, grown
 from support.atlases import built, client, ingested, profile, sources
 
-__all__ = ["built", "client", "ingested", "profile", "sources"]
+__all__ = ["adapted", "built", "client", "grown", "ingested", "profile", "sources"]

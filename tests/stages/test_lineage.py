@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from lloki_atlas.config import AtlasConfig, to_dict
 from lloki_atlas.stages import lineage
-from lloki_atlas.stages.lineage import STAGES, atlas_config, expected_objects, integrate_key, model_key, stage_status
+from lloki_atlas.stages.lineage import (
+    STAGES,
+    atlas_config,
+    encoder_key,
+    expected_objects,
+    integrate_key,
+    model_key,
+    platform_name,
+    stage_status,
+    token_key,
+    token_name,
+)
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import STAGE_KINDS, CatalogState, SliceRecord
 
@@ -146,10 +157,26 @@ KEYS = {"a": "k1", "b": "k2"}
 MODEL = model_key(CONFIG, KEYS, None)
 
 
+CHOICES = {
+    "preset": "paper",
+    "start": {"isometric": "random", "random": "isometric"},
+    "equations": "paper",
+    "negatives": {"none": "slice", "slice": "none"},
+    "pair_space": {"latent": "embedding", "embedding": "latent"},
+    "pairing": "published",
+    "token_by": "slice",
+    "chunks": "fixed",
+    "held_out": 0.2,
+}
+
+
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(CONFIG.autoencoder)])
 def test_a_model_has_another_key_with_another_setting_of_the_autoencoder(name):
     value = getattr(CONFIG.autoencoder, name)
-    other = dataclasses.replace(CONFIG.autoencoder, **{name: value + 1})
+    choice = CHOICES.get(name)
+    changed = choice.get(value) if isinstance(choice, dict) else choice or value + 1
+    other = dataclasses.replace(CONFIG.autoencoder, **{name: changed})
+    assert other != CONFIG.autoencoder
     assert model_key(dataclasses.replace(CONFIG, autoencoder=other), KEYS, None) != MODEL
 
 
@@ -181,6 +208,70 @@ def test_the_order_in_which_slices_are_named_does_not_change_a_model(names):
 
 def test_an_integration_is_keyed_by_its_embedding_and_its_model():
     assert len({integrate_key(*pair) for pair in (("e", "m"), ("e2", "m"), ("e", "m2"), ("m", "e"))}) == 4
+
+
+# tokens
+
+MODELS = {"embedder": "emb", "autoencoder": "enc"}
+
+
+def test_without_a_token_of_its_own_a_slice_is_keyed_as_it_was_before_there_were_any():
+    # the key of a finished atlas: another one would have every slice encoded anew
+    other = make_catalog(models={**MODELS, "token:MERFISH|another panel": "tok"})
+    assert expected_objects(other, make_record()) == BASE
+    assert BASE["integrate"] == integrate_key(BASE["embed"], "enc")
+    assert encoder_key(other, make_record()) == "enc"
+
+
+def test_a_token_of_its_platform_encodes_a_slice():
+    adapted = make_catalog(models={**MODELS, "token:MERFISH|p1": "tok"})
+    assert encoder_key(adapted, make_record()) == "tok"
+    assert changed(BASE, expected_objects(adapted, make_record())) == {"integrate"}
+    assert expected_objects(adapted, make_record(panel="p2"))["integrate"] == integrate_key(
+        expected_objects(make_catalog(), make_record(panel="p2"))["embed"], "enc"
+    )
+
+
+def test_where_tokens_are_of_slices_that_of_another_slice_encodes_nothing():
+    config = dataclasses.replace(CONFIG, autoencoder=dataclasses.replace(CONFIG.autoencoder, token_by="slice"))
+    adapted = make_catalog(config, models={**MODELS, "token:MERFISH|p1|one": "tok"})
+    assert [encoder_key(adapted, make_record(slice_id=name)) for name in ("one", "two")] == ["tok", "enc"]
+
+
+def test_a_token_is_named_by_its_platform_or_by_its_slice():
+    record = make_record()
+    assert platform_name(record) == token_name(record, "platform") == "MERFISH|p1"
+    assert token_name(record, "slice") == "MERFISH|p1|one"
+
+
+TOKEN = {"model": "enc", "platform": "MERFISH|p1", "embed_keys": KEYS, "atlas": ["x", "y"], "random_state": 0}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("model", "another"),
+        ("platform", "MERFISH|p2"),
+        ("embed_keys", {"a": "k1"}),
+        ("embed_keys", {"a": "k1", "b": "k3"}),
+        ("atlas", ["x"]),
+        ("random_state", 1),
+    ],
+)
+def test_a_token_has_another_key_when_it_is_made_of_something_else(part, value):
+    assert token_key(**{**TOKEN, part: value}) != token_key(**TOKEN)
+
+
+def test_the_order_of_slices_does_not_change_a_token():
+    turned = {"embed_keys": dict(reversed(KEYS.items())), "atlas": ["y", "x"]}
+    assert token_key(**{**TOKEN, **turned}) == token_key(**TOKEN)
+
+
+def test_a_new_version_of_adapting_makes_tokens_and_no_autoencoder_stale(monkeypatch):
+    before = token_key(**TOKEN), model_key(CONFIG, KEYS, None)
+    monkeypatch.setitem(lineage.VERSIONS, "adapt", lineage.VERSIONS["adapt"] + 1)
+    after = token_key(**TOKEN), model_key(CONFIG, KEYS, None)
+    assert (before[0] == after[0], before[1] == after[1]) == (False, True)
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])

@@ -201,11 +201,13 @@ def with_unknown(catalog, sources):
     return add_slice(catalog, sources, "simish_1")
 
 
-ADVICE = r"no token for slice 'simish_1' \(SimISH, a new panel\): train it anew .* or stop .* until='embed'"
+UNKNOWN = r"no token for slice 'simish_1' \(SimISH, a new panel\): "
+TRAIN = r"train it anew .* or stop .* until='embed'"
 
 
 def test_a_new_slice_of_an_unknown_panel_is_refused_with_advice(with_unknown):
-    with pytest.raises(InputError, match=ADVICE):
+    advice = UNKNOWN + rf'adapt the atlas to it with `lloki-atlas adapt {with_unknown.root} --technology "SimISH"`, '
+    with pytest.raises(InputError, match=advice + TRAIN):
         plan(with_unknown)
 
 
@@ -220,7 +222,7 @@ def test_other_slices_still_run_beside_one_of_an_unknown_panel(with_unknown):
 
 def test_an_unknown_panel_is_refused_also_when_the_model_is_to_be_trained_again(with_unknown):
     changed = with_settings(with_unknown, "autoencoder", n_epochs=1)
-    with pytest.raises(InputError, match=ADVICE):
+    with pytest.raises(InputError, match=UNKNOWN + TRAIN):
         plan(changed)
 
 
@@ -255,6 +257,12 @@ def test_training_with_another_seed_makes_another_model_and_keeps_the_seed(catal
     assert done.state.config["autoencoder"]["random_state"] == 5
     assert done.state.models["autoencoder"] != catalog.state.models["autoencoder"]
     assert statuses(done) == dict.fromkeys(SLICES, DONE)
+
+
+def test_a_search_without_cells_to_hold_out_is_refused_and_not_kept(catalog, client):
+    with pytest.raises(InputError, match="a search needs a slice of more than 256 cells"):
+        train_autoencoder(catalog, search=True, client=client, progress=False)
+    assert open_catalog(catalog.root).version == catalog.version
 
 
 def test_training_with_labels_is_written_down_and_kept_when_the_model_is_renewed(catalog, client):
@@ -382,8 +390,10 @@ def test_a_catalog_that_is_open_for_reading_is_refused_before_anything_runs(inge
     assert folder_digest(ingested) == before
 
 
-def test_a_status_lists_every_slice_with_its_stages(built):
-    found = status(open_catalog(built))
+def test_a_status_lists_every_slice_with_its_stages_and_models(built):
+    catalog = open_catalog(built)
+    found, model = status(catalog), catalog.state.models["autoencoder"]
+    assert (found["autoencoder"], found["tokens"]) == (model, {})
     assert (found["version"], found["n_cells"]) == (4, 2 * N_CELLS)
     assert [part["slice_id"] for part in found["slices"]] == sorted(SLICES)
     assert found["slices"][0] == {
@@ -393,6 +403,8 @@ def test_a_status_lists_every_slice_with_its_stages(built):
         "n_cells": N_CELLS,
         "n_genes": 33,
         "stages": DONE,
+        "autoencoder": model[:8],
+        "token": None,
     }
 
 

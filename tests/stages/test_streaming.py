@@ -37,7 +37,9 @@ from support.tasks import notes
 from lloki_atlas.config import EmbedderConfig, TileConfig
 from lloki_atlas.engine.devices import HOST_THREADS
 from lloki_atlas.engine.plan import Plan, run_task
+from lloki_atlas.models.autoencoder_files import save_token
 from lloki_atlas.models.embedders import EMBEDDING_SIZE, embedder_factory
+from lloki_atlas.models.platform_token import Token
 from lloki_atlas.stages import embed, embed_tasks, streaming
 from lloki_atlas.stages.lineage import atlas_config, expected_objects
 from lloki_atlas.stages.pipeline import plan, run, train_autoencoder
@@ -415,6 +417,30 @@ def test_an_encoder_is_loaded_once_and_again_when_its_file_changes(trained, tmp_
     weights.write_bytes(data)
     os.utime(weights, ns=(1, 1))
     assert streaming.frozen_encoder(str(folder)) is not first
+
+
+@pytest.mark.parametrize("changed", ["token.safetensors", "../base/weights.safetensors"])
+def test_the_encoder_of_a_token_is_loaded_again_when_either_of_its_files_changes(trained, tmp_path, changed):
+    catalog = open_catalog(trained)
+    base = shutil.copytree(catalog.path("models", catalog.state.models["autoencoder"]), tmp_path / "base")
+    numbers = np.ones(10, np.float32)
+    save_token(
+        tmp_path / "token",
+        Token("new", numbers, -numbers),
+        model=base,
+        settings={},
+        history=[],
+        evidence={},
+        lineage={},
+    )
+    first = streaming.frozen_encoder(str(tmp_path / "token"))
+    assert first.platforms[-1] == "new"
+    assert streaming.frozen_encoder(str(tmp_path / "token")) is first
+    # encoders of several platforms take turns in a worker
+    streaming.frozen_encoder(str(base))
+    assert streaming.frozen_encoder(str(tmp_path / "token")) is first
+    os.utime(tmp_path / "token" / changed, ns=(1, 1))
+    assert streaming.frozen_encoder(str(tmp_path / "token")) is not first
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from support.tasks import N_ROWS, TILE_ROWS, note, notes
 
 from lloki_atlas.engine import cluster
 from lloki_atlas.engine.devices import VISIBLE
 from lloki_atlas.engine.plan import Output, Task
 from lloki_atlas.store.arrays import ArraySpec
-from support.tasks import N_ROWS, TILE_ROWS, note, notes
 
 Tile = tuple[int, dict[str, np.ndarray]]
 
