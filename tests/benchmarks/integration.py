@@ -1,6 +1,6 @@
 """What the autoencoder does to real slices: does it mix technologies, and what does it cost?
 
-    python -m tests.benchmarks.integration [MANIFEST] [--seeds 5] [--cells 0] [--ablations] [--votes-only] [--json]
+    python -m tests.benchmarks.integration [MANIFEST] [--seeds 5] [--cells 0] [--ablations] [--only TEXT] [--votes-only]
 
 Embeds the slices of the manifest once (default: catalogs/mouse-cortex.toml), then compares `X_fp` itself, Harmony on
 it (one run a seed), the autoencoder as it is by default, and preset `paper`; with --ablations each loss off and each
@@ -73,13 +73,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cells", type=int, default=0, help="most labelled cells to score with scib; 0: all")
     parser.add_argument("--ablations", action="store_true", help="one seed each")
+    parser.add_argument("--only", default="", help="contenders whose name holds this text")
     parser.add_argument("--votes-only", action="store_true", help="no scib-metrics")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     cells = embedded_cells(arguments.manifest, arguments.label_key)
     rows = []
-    for name, seed, latents in contenders(cells, arguments.seeds, ablations=arguments.ablations):
+    for name, seed, latents in contenders(cells, arguments.seeds, ablations=arguments.ablations, only=arguments.only):
         scores: dict[str, Any] = {"method": name, "seed": seed, **cross_votes(latents, cells)}
         if not arguments.votes_only:
             scores.update(scib_scores(latents, cells, most=arguments.cells))
@@ -106,9 +107,10 @@ def embedded_cells(manifest: str, label_key: str) -> Cells:
     return Cells(embeddings, obs["technology"], platform, obs["slice_id"], obs[label_key])
 
 
-def contenders(cells: Cells, n_seeds: int, *, ablations: bool) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Name, seed and (n, d) latents of every contender."""
-    yield "X_fp", 0, cells.embeddings
+def contenders(cells: Cells, n_seeds: int, *, ablations: bool, only: str = "") -> Iterator[tuple[str, int, np.ndarray]]:
+    """Name, seed and (n, d) latents of every contender whose name holds the text."""
+    if only in "X_fp":
+        yield "X_fp", 0, cells.embeddings
     methods: dict[str, Callable[[int], np.ndarray]] = {
         "X_fp, Harmony": lambda seed: harmony(cells, seed),
         "autoencoder, default": lambda seed: trained(cells, DEFAULT, seed),
@@ -116,9 +118,10 @@ def contenders(cells: Cells, n_seeds: int, *, ablations: bool) -> Iterator[tuple
     }
     for seed in range(n_seeds):
         for name, method in methods.items():
-            yield name, seed, method(seed)
-    if ablations:
-        for name, config in ABLATIONS.items():
+            if only in name:
+                yield name, seed, method(seed)
+    for name, config in ABLATIONS.items() if ablations else ():
+        if only in name:
             yield name, 0, trained(cells, config, 0)
 
 
