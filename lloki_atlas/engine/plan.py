@@ -233,11 +233,11 @@ def link(tasks: Iterable[Task]) -> tuple[Task, ...]:
 
 
 def split_tiles(tasks: Iterable[Task]) -> tuple[Task, ...]:
-    """Cut tasks of several tiles into tasks of one, which many workers can share."""
+    """Cut device tasks of several tiles into tasks of one, which many workers can share."""
     parts: dict[str, list[Task]] = {}
     for task in tasks:
         whole = replace(task, requires=tuple(part.name for name in task.requires for part in parts[name]))
-        starts = task.output.tiles if len(task.output.tiles) > 1 else ()
+        starts = task.output.tiles if task.device and len(task.output.tiles) > 1 else ()
         parts[task.name] = [_tile_of(whole, start) for start in starts] or [whole]
     return tuple(part for group in parts.values() for part in group)
 

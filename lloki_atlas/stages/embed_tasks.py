@@ -10,7 +10,7 @@ from lloki_atlas.engine.plan import Output, Task
 from lloki_atlas.kernels.diffusion import READ_ROWS
 from lloki_atlas.models.embedders import EMBEDDING_SIZE
 from lloki_atlas.stages import streaming
-from lloki_atlas.stages.filling import device_tasks, tile_tasks, tiled_output
+from lloki_atlas.stages.filling import stream_tasks, tile_tasks, tiled_output
 from lloki_atlas.stages.lineage import atlas_config
 from lloki_atlas.stages.panels import CELL_BYTES, ENTRY_BYTES, read_entries, streamed_memory
 from lloki_atlas.store.catalog import Catalog
@@ -120,7 +120,7 @@ def _embedder_tasks(
     functions: tuple[str, str],
     arguments: dict[str, Any],
     also: tuple[Output, ...] = (),
-    **place: str,
+    **place: Any,
 ) -> list[Task]:
     """Tasks of the first function, one tile each, or of the second, several each for a device."""
     model, propagation = streaming.host_memory(embedder), config.propagation
@@ -139,7 +139,7 @@ def _embedder_tasks(
     once, each = (held, 0) if in_memory else (0, held)
     tile_bytes = _tile_memory(store, min(store.tile_cells, record.n_cells), propagation) + each * ENTRY_BYTES
     shared = once * ENTRY_BYTES + record.n_cells * CELL_BYTES + 64 * 2**20 + model
-    return device_tasks(
+    return stream_tasks(
         record,
         output,
         stage="embed",

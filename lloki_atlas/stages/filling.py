@@ -99,7 +99,7 @@ def tile_tasks(
     return [*tiles, publish_task(record, output, prefix=prefix, requires=names, stage=stage, until=until)]
 
 
-def device_tasks(
+def stream_tasks(
     record: SliceRecord,
     output: Output,
     *,
@@ -108,11 +108,12 @@ def device_tasks(
     arguments: dict[str, Any],
     memory: Callable[[int], int],
     tiles_per_task: int,
+    device: bool = True,
     also: tuple[Output, ...] = (),
     until: str = "",
     step: str = "",
 ) -> list[Task]:
-    """Tasks that stream several tiles each through a device, and the one that publishes.
+    """Tasks that stream several tiles each, and the one that publishes.
 
     Parameters
     ----------
@@ -122,6 +123,8 @@ def device_tasks(
         Projected bytes of a task of so many tiles.
     tiles_per_task
         Tiles of a task, but for the last.
+    device
+        Whether they go through a device; such tasks are cut into single tiles where there is none.
     also
         Objects that the tasks fill as well; other tasks publish them.
     """
@@ -143,7 +146,7 @@ def device_tasks(
                 slice_id=record.slice_id,
                 also=tuple(replace(other, tiles=tiles) for other in also),
                 streams=True,
-                device=True,
+                device=device,
                 until=until,
             )
         )

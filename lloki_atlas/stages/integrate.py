@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lloki_atlas.engine.overlap import ahead
 from lloki_atlas.engine.plan import Output, Task
-from lloki_atlas.stages.filling import publish_task, tile_tasks, tiled_output
+from lloki_atlas.stages.filling import publish_task, stream_tasks, tile_cells, tiled_output
 from lloki_atlas.stages.lineage import atlas_config, token_name
-from lloki_atlas.stages.streaming import frozen_encoder
+from lloki_atlas.stages.streaming import TILES_PER_TASK, frozen_encoder
 from lloki_atlas.store.arrays import read_rows
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
@@ -26,10 +28,20 @@ def run_tile(embedding: np.ndarray, platform: str, encoder: FrozenEncoder) -> np
     return encoder.encode(embedding, platform)
 
 
-def compute(embedding_path: str, model_path: str, platform: str, start: int, stop: int) -> dict[str, np.ndarray]:
-    """Task body: read a tile's 512-d embedding, encode it."""
-    rows = read_rows(embedding_path, "X_fp", start, stop)
-    return {"X_lloki": run_tile(rows, platform, frozen_encoder(model_path))}
+def compute_tiles(
+    embedding_path: str, model_path: str, platform: str, starts: list[int], tile_cells: int, n_cells: int
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Task body: read tiles of 512-d embeddings and encode them, the next while one is written."""
+    encoder = frozen_encoder(model_path)
+
+    def read(start: int) -> tuple[int, np.ndarray]:
+        return start, read_rows(embedding_path, "X_fp", start, min(start + tile_cells, n_cells))
+
+    def encode(tile: tuple[int, np.ndarray]) -> tuple[int, dict[str, np.ndarray]]:
+        start, rows = tile
+        return start, {"X_lloki": run_tile(rows, platform, encoder)}
+
+    return ahead(ahead(starts, read), encode)
 
 
 def plan_stage(
@@ -40,7 +52,7 @@ def plan_stage(
     model_key: str,
     encoded_by: tuple[str, ...] = (),
 ) -> list[Task]:
-    """One task per tile, and one that publishes; that one alone when the tasks `encoded_by` encode while they embed.
+    """Tasks of several tiles, and one that publishes; that alone when the tasks `encoded_by` encode while they embed.
 
     `model_key` is that of the autoencoder, or of the token of the slice's platform, which brings its autoencoder along.
     """
@@ -50,16 +62,22 @@ def plan_stage(
         return [
             publish_task(record, output, stage="integrate", prefix=prefix, requires=encoded_by, n_cells=record.n_cells)
         ]
-    return tile_tasks(
+    size = min(tile_cells(catalog, record), record.n_cells)
+    return stream_tasks(
         record,
         output,
         stage="integrate",
-        function="lloki_atlas.stages.integrate:compute",
+        function="lloki_atlas.stages.integrate:compute_tiles",
         arguments={
             "embedding_path": str(catalog.path("embeddings", keys["embed"])),
+            "tile_cells": size,
+            "n_cells": record.n_cells,
             **_encoding(catalog, record, model_key),
         },
-        memory=lambda cells: cells * (512 * 4 * 2 + LATENT_SIZE * 8) + 128 * 2**20,
+        # tiles that are read or encoded ahead, and the one that is written
+        memory=lambda n_tiles: min(n_tiles, 5) * size * (512 * 2 + LATENT_SIZE * 8) + 128 * 2**20,
+        tiles_per_task=TILES_PER_TASK,
+        device=False,
     )
 
 

@@ -6,28 +6,32 @@ Random unit vectors in float16, as embeddings are stored, and random weights in 
 best of several rounds in which all take their turn: `encode` in memory; `gemm`, the three products alone on the same
 cells as float32, as torch multiplies whole batches on so many threads or as single-threaded blocks on as many,
 whichever is faster; `share`, the first of the second; `encode` in bfloat16, and the smallest cosine between its latents
-and those in float32; and `store_to_store`, the tasks of one slice as a local cluster of so many workers runs them, all
-that is written on the disk at the end. `cpu_ms_per_tile` is what a tile costs there beside the same tile in memory.
+and those in float32; `store_to_store`, the tasks of one slice in so many processes, until its latents are published;
+`cluster`, the same as a local cluster of so many workers runs them. Of the last two, what they are of `encode`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from lloki_atlas.config import AutoencoderConfig
-from lloki_atlas.engine.cluster import local_client
-from lloki_atlas.engine.plan import Plan, Task
+from lloki_atlas.engine.cluster import WORKER_ENVIRONMENT, local_client
+from lloki_atlas.engine.plan import Plan, run_task
 from lloki_atlas.models.autoencoder import ConditionalAutoencoder
 from lloki_atlas.models.autoencoder_files import save_checkpoint
 from lloki_atlas.models.encoder import BLOCK_ROWS, FrozenEncoder
@@ -35,7 +39,6 @@ from lloki_atlas.models.threads import torch_threads
 from lloki_atlas.models.workers import Workers
 from lloki_atlas.stages import integrate
 from lloki_atlas.store.arrays import ArraySpec, create_arrays, write_rows
-from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
 from tests.support.stores import tiny_catalog, tiny_slice, write_slice
 
@@ -43,6 +46,7 @@ TILE_CELLS = 4096
 # short and many rounds: on a machine with other work the best of them is the one that was let alone
 ROUNDS = 20
 ROUND_CELLS = 65_536
+STORED_ROUNDS = 4
 PLATFORMS = ("MERFISH|a", "Xenium|b", "CosMx|c")
 # on a processor without instructions for it bfloat16 takes several times as long
 BFLOAT16_CELLS = 16_384
@@ -103,15 +107,8 @@ def products(rows: torch.Tensor, threads: int) -> dict[str, Callable[[], Any]]:
     return {"batches": batches, "blocks": blocks}
 
 
-def slice_tasks(catalog: Catalog, record: SliceRecord, number: int) -> list[Task]:
-    """The tasks that encode the slice, into an object of its own for each number."""
-    return integrate.plan_stage(
-        catalog, record, {"embed": "embedding", "integrate": f"latents-{number}"}, model_key="model"
-    )
-
-
-def store_to_store(folder: Path, embeddings: np.ndarray, model: ConditionalAutoencoder, workers: int) -> float:
-    """Seconds of the tasks of one slice on a local cluster, whose workers have loaded what they need."""
+def slice_plans(folder: Path, embeddings: np.ndarray, model: ConditionalAutoencoder) -> Iterator[Plan]:
+    """Plans that encode a stored slice, each into an object of its own, which is removed when the next is asked for."""
     n_cells = len(embeddings)
     catalog = tiny_catalog(folder / "atlas")
     write_slice(catalog.path("slices", "cells"), tiny_slice(), tile_cells=TILE_CELLS)
@@ -121,16 +118,38 @@ def store_to_store(folder: Path, embeddings: np.ndarray, model: ConditionalAutoe
     write_rows(catalog.path("embeddings", "embedding"), "X_fp", 0, embeddings)
     technology, panel = PLATFORMS[0].split("|")
     record = SliceRecord("slice", technology, "mouse", panel, n_cells, 11, (), {"ingest": "cells"})
-    numbers = count()
+    for number in count():
+        keys = {"embed": "embedding", "integrate": f"latents-{number}"}
+        tasks = integrate.plan_stage(catalog, record, keys, model_key="model")
+        yield Plan(tuple(tasks), lambda outcome: None)
+        shutil.rmtree(catalog.path("embeddings", keys["integrate"]))
+
+
+def store_to_store(plans: Iterator[Plan], processes: int) -> float:
+    """Seconds of the tasks of one slice in single-threaded processes that have loaded what they need."""
+    with (
+        patch.dict(os.environ, {name: str(value) for name, value in WORKER_ENVIRONMENT.items()}),
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+    ):
+
+        def run() -> None:
+            *tiles, publish = next(plans).tasks
+            list(pool.map(run_task, tiles))
+            pool.submit(run_task, publish).result()
+
+        run()
+        return best({"slice": run}, rounds=STORED_ROUNDS)["slice"]
+
+
+def on_cluster(plans: Iterator[Plan], workers: int) -> float:
+    """Seconds of the same on a local cluster that is there already."""
     with local_client(workers, 0) as client:
 
         def run() -> None:
-            number = next(numbers)
-            Plan(tuple(slice_tasks(catalog, record, number)), lambda outcome: None).run(client, progress=False)
-            shutil.rmtree(catalog.path("embeddings", f"latents-{number}"))
+            next(plans).run(client, progress=False)
 
         run()
-        return best({"slice": run}, rounds=3)["slice"]
+        return best({"slice": run}, rounds=STORED_ROUNDS)["slice"]
 
 
 def measure(cells: int, threads: int) -> dict[str, float]:
@@ -141,13 +160,13 @@ def measure(cells: int, threads: int) -> dict[str, float]:
     cells
         Of the slice.
     threads
-        In memory, and workers from store to store.
+        In memory, and processes from store to store.
 
     Returns
     -------
     dict
         `encode_cells_per_s`, `gemm_cells_per_s`, `share`, `bfloat16_cells_per_s`, `bfloat16_min_cosine`,
-        `store_to_store_cells_per_s`, `share_of_encode`: the rate from store to store as a share of that in memory.
+        `store_to_store_cells_per_s`, `store_to_store_share`, `cluster_cells_per_s`, `cluster_share`.
     """
     model, embeddings = random_model(), unit_vectors(cells)
     encoder, some = FrozenEncoder(model), embeddings[:ROUND_CELLS]
@@ -162,17 +181,19 @@ def measure(cells: int, threads: int) -> dict[str, float]:
     one, other = (part.encode(few, 0, n_threads=threads).astype(np.float64) for part in (encoder, rounded))
     cosine = (one * other).sum(axis=1) / (np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1))
     with tempfile.TemporaryDirectory() as folder:
-        stored = store_to_store(Path(folder), embeddings, model, threads)
-    gemm = min(found["batches"], found["blocks"])
-    rate = len(some) / found["encode"]
+        plans = slice_plans(Path(folder), embeddings, model)
+        stored, clustered = cells / store_to_store(plans, threads), cells / on_cluster(plans, threads)
+    rate, gemm = len(some) / found["encode"], len(some) / min(found["batches"], found["blocks"])
     return {
         "encode_cells_per_s": rate,
-        "gemm_cells_per_s": len(some) / gemm,
-        "share": gemm / found["encode"],
+        "gemm_cells_per_s": gemm,
+        "share": rate / gemm,
         "bfloat16_cells_per_s": len(few) / seconds,
         "bfloat16_min_cosine": float(cosine.min()),
-        "store_to_store_cells_per_s": cells / stored,
-        "share_of_encode": cells / stored / rate,
+        "store_to_store_cells_per_s": stored,
+        "store_to_store_share": stored / rate,
+        "cluster_cells_per_s": clustered,
+        "cluster_share": clustered / rate,
     }
 
 

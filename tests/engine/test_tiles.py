@@ -161,6 +161,11 @@ def test_cutting_leaves_other_tasks_alone(tmp_path):
     assert split_tiles(tasks) == tasks
 
 
+def test_cutting_leaves_streams_alone_that_use_no_device(tmp_path):
+    tasks = tuple(replace(task, device=False) for task in stream_task(tmp_path, "one"))
+    assert split_tiles(tasks) == tasks
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_published_objects_leave_nothing_in_staging(tmp_path, cut):
     tasks = stream_task(tmp_path, "one")

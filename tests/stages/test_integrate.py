@@ -11,7 +11,7 @@ from support.atlases import N_CELLS, SLICES, embedding
 from lloki_atlas.models.autoencoder import ConditionalAutoencoder
 from lloki_atlas.models.autoencoder_files import load_encoder
 from lloki_atlas.models.encoder import FrozenEncoder
-from lloki_atlas.stages.integrate import LATENT_SIZE, run_tile
+from lloki_atlas.stages.integrate import LATENT_SIZE, compute_tiles, run_tile
 from lloki_atlas.stages.train import platform_name
 from lloki_atlas.store.catalog import open_catalog
 
@@ -54,3 +54,20 @@ def test_stored_vectors_are_those_of_the_whole_slice_at_once(catalog, encoder):
     for slice_id in SLICES:
         whole = run_tile(embedding(catalog, slice_id), platform_name(catalog.slice(slice_id)), encoder)
         assert whole.tobytes() == embedding(catalog, slice_id, "X_lloki").tobytes()
+
+
+def test_a_stream_encodes_the_tiles_that_it_is_asked_for_in_their_order(catalog, encoder):
+    record = catalog.slice("simfish_1")
+    arguments = {
+        "embedding_path": str(catalog.path("embeddings", record.objects["embed"])),
+        "model_path": str(catalog.path("models", catalog.state.models["autoencoder"])),
+        "platform": platform_name(record),
+        "tile_cells": 32,
+        "n_cells": N_CELLS,
+    }
+    whole = run_tile(embedding(catalog, "simfish_1"), platform_name(record), encoder)
+    for starts in ([0, 32], [32], []):
+        found = list(compute_tiles(starts=starts, **arguments))
+        assert [start for start, _ in found] == starts
+        for start, arrays in found:
+            assert arrays["X_lloki"].tobytes() == whole[start : start + 32].tobytes()
