@@ -9,67 +9,17 @@ This module knows neither Dask nor biology: `lloki_atlas.engine.cluster` runs a 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import numpy as np
-
-from lloki_atlas.config import canonical_json
-from lloki_atlas.errors import FormatError, LlokiAtlasError, MemoryBudgetError
-from lloki_atlas.store.arrays import ArraySpec, create_arrays, read_rows, write_arrays, write_rows
-from lloki_atlas.store.objects import is_complete, publish, write_durable
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where a task's result goes.
-
-    Parameters
-    ----------
-    path
-        The finished object, `<root>/<kind>/<key>...`.
-    staging
-        Where it is filled before it is published by one rename.
-    lineage
-        What the object was made of; part of its receipt.
-    tiles
-        First row of every tile that the task fills; () when it writes or publishes the whole object.
-    specs
-        The arrays of an object that is filled tile by tile.
-    dims
-        Dimension names per array of an object that is written whole.
-    attributes
-        Attributes of the object.
-    folder
-        True when the task's function fills the staging folder by itself.
-    """
-
-    path: str
-    staging: str
-    lineage: Mapping[str, Any]
-    tiles: tuple[int, ...] = ()
-    specs: Mapping[str, ArraySpec] = field(default_factory=dict)
-    dims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    folder: bool = False
-
-    def marker(self, start: int) -> Path:
-        """The file that says that the rows of the tile that begins with row `start` are on disk."""
-        return Path(f"{self.staging}.tiles") / f"{start}.json"
-
-    def missing(self) -> tuple[int, ...]:
-        """Tiles that the task has yet to fill, none once the object is published."""
-        if is_complete(self.path):
-            return ()
-        return tuple(start for start in self.tiles if not self.marker(start).exists())
+from lloki_atlas.engine.outputs import Filling, Output, own_staging, publish_tiles
+from lloki_atlas.errors import LlokiAtlasError, MemoryBudgetError
+from lloki_atlas.store.arrays import write_arrays
+from lloki_atlas.store.objects import is_complete
 
 
 @dataclass(frozen=True)
@@ -297,12 +247,12 @@ def _is_done(task: Task) -> bool:
 def _compute(task: Task) -> None:
     output = task.output
     if not task.function:
-        _publish_tiles(output)
+        publish_tiles(output)
         return
     module, _, name = task.function.partition(":")
     compute = getattr(import_module(module), name)
     if output.folder:
-        with _own_staging(output) as staging:
+        with own_staging(output) as staging:
             Path(staging).mkdir(parents=True)
             compute(staging, **task.arguments)
         return
@@ -310,7 +260,7 @@ def _compute(task: Task) -> None:
         _fill_tiles(task, compute)
         return
     arrays = compute(**task.arguments)
-    with _own_staging(output) as staging:
+    with own_staging(output) as staging:
         write_arrays(staging, arrays, dims=dict(output.dims), attributes=dict(output.attributes))
 
 
@@ -320,17 +270,14 @@ def _fill_tiles(task: Task, compute: Callable[..., Any]) -> None:
     starts = [start for start in task.output.tiles if any(start in left for left in missing.values())]
     made = compute(starts=starts, **task.arguments) if task.streams else compute(**task.arguments)
     tiles = made if task.streams else ((start, made) for start in starts)
-    created: set[str] = set()
+    filling = {output.path: Filling(output) for output in task.outputs}
     with closing(tiles):
         for start, arrays in tiles:
             for output in task.outputs:
                 if start not in missing[output.path]:
                     continue
                 try:
-                    if output.path not in created:
-                        create_arrays(output.staging, dict(output.specs), attributes=dict(output.attributes))
-                        created.add(output.path)
-                    _write_tile(output, start, {name: arrays[name] for name in output.specs})
+                    filling[output.path].write(start, arrays)
                 except (LlokiAtlasError, OSError):
                     # another run may have published this object, which takes the staging folder away, meanwhile
                     if not is_complete(output.path):
@@ -338,60 +285,6 @@ def _fill_tiles(task: Task, compute: Callable[..., Any]) -> None:
                 missing[output.path].discard(start)
     if any(missing.values()):
         raise RuntimeError(f"{task.name} ended without all of its tiles: {sorted(set().union(*missing.values()))}")
-
-
-def _write_tile(output: Output, start: int, arrays: Mapping[str, np.ndarray]) -> None:
-    for name, values in arrays.items():
-        write_rows(output.staging, name, start, values)
-    marker = output.marker(start)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    stored = {name: np.asarray(values, dtype=output.specs[name].dtype) for name, values in arrays.items()}
-    write_durable(marker, canonical_json({"sha256": _rows_digest(stored)}))
-
-
-@contextmanager
-def _own_staging(output: Output) -> Iterator[str]:
-    """A folder of this attempt's own, published at the end: two runs at once never write into each other's."""
-    staging = f"{output.staging}-{uuid4().hex[:8]}"
-    try:
-        yield staging
-        publish(staging, output.path, lineage=dict(output.lineage))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish_tiles(output: Output) -> None:
-    _check_tiles(output)
-    # markers go first: one that outlived the rows it speaks of would let them be skipped for ever
-    shutil.rmtree(f"{output.staging}.tiles", ignore_errors=True)
-    publish(output.staging, output.path, lineage=dict(output.lineage))
-
-
-def _check_tiles(output: Output) -> None:
-    """Compare the rows on disk with their markers: a marker may outlive its rows when the power fails.
-
-    Raises
-    ------
-    FormatError
-        After the marker is gone, so that the next run fills the tile again.
-    """
-    for marker in sorted(Path(f"{output.staging}.tiles").glob("*.json")):
-        start = int(marker.stem)
-        rows = {
-            name: read_rows(output.staging, name, start, min(start + spec.chunk_rows, spec.shape[0]))
-            for name, spec in output.specs.items()
-        }
-        if json.loads(marker.read_bytes())["sha256"] != _rows_digest(rows):
-            marker.unlink()
-            raise FormatError(f"rows {start} and on of {output.staging} are not what was written: run again")
-
-
-def _rows_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    state = hashlib.sha256()
-    for name in sorted(arrays):
-        state.update(name.encode())
-        state.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return state.hexdigest()
 
 
 def _megabytes(n_bytes: int) -> str:

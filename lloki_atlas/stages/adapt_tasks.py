@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lloki_atlas.config import AutoencoderConfig, to_dict
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Task
 from lloki_atlas.stages.adapt_cells import N_EMBEDDING, read_sample
 from lloki_atlas.stages.lineage import atlas_config, token_name
 from lloki_atlas.stages.train_labels import label_codes

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from lloki_atlas.config import AtlasConfig, EmbedderConfig, PropagationConfig, to_dict
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Task
 from lloki_atlas.kernels.diffusion import READ_ROWS
 from lloki_atlas.models.embedders import EMBEDDING_SIZE
 from lloki_atlas.stages import streaming

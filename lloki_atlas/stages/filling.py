@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Task
 from lloki_atlas.store.arrays import ArraySpec
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lloki_atlas.engine.outputs import Output
 from lloki_atlas.engine.overlap import ahead
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.engine.plan import Task
 from lloki_atlas.stages.filling import publish_task, stream_tasks, tile_cells, tiled_output
 from lloki_atlas.stages.lineage import atlas_config, token_name
 from lloki_atlas.stages.streaming import TILES_PER_TASK, frozen_encoder
-from lloki_atlas.store.arrays import read_rows
+from lloki_atlas.store.arrays import open_rows
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
 
@@ -32,10 +33,10 @@ def compute_tiles(
     embedding_path: str, model_path: str, platform: str, starts: list[int], tile_cells: int, n_cells: int
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Task body: read tiles of 512-d embeddings and encode them, the next while one is written."""
-    encoder = frozen_encoder(model_path)
+    encoder, embedding = frozen_encoder(model_path), open_rows(embedding_path, "X_fp")
 
     def read(start: int) -> tuple[int, np.ndarray]:
-        return start, read_rows(embedding_path, "X_fp", start, min(start + tile_cells, n_cells))
+        return start, embedding.read(start, min(start + tile_cells, n_cells))
 
     def encode(tile: tuple[int, np.ndarray]) -> tuple[int, dict[str, np.ndarray]]:
         start, rows = tile

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lloki_atlas.config import to_dict
-from lloki_atlas.engine.plan import Outcome, Output, Plan, Task, link
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Outcome, Plan, Task, link
 from lloki_atlas.errors import InputError
 from lloki_atlas.stages import adapt_tasks, embed_tasks, integrate, propagate_tasks, reference, streaming, tile, train
 from lloki_atlas.stages.encoders import Encoders, atlas_slices, choose_encoders, held_tokens

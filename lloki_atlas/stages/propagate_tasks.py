@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from lloki_atlas.config import PropagationConfig, to_dict
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Task
 from lloki_atlas.errors import NotFoundError
 from lloki_atlas.kernels.blocks import MemoryBlocks
 from lloki_atlas.kernels.candidates import unpack_keys

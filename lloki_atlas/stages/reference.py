@@ -9,7 +9,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from lloki_atlas.config import AtlasConfig, EmbedderConfig, to_dict
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Task
 from lloki_atlas.errors import InputError
 from lloki_atlas.kernels.scaling import gene_moments, scaled_components
 from lloki_atlas.kernels.transport import sparsity_histogram

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from lloki_atlas.config import PropagationConfig, to_dict
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Task
 from lloki_atlas.kernels.bandwidth import sample_bandwidth
 from lloki_atlas.kernels.scaling import gene_moments
 from lloki_atlas.kernels.transport import sparsity_histogram

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lloki_atlas.config import AutoencoderConfig, digest, to_dict
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Task
 from lloki_atlas.errors import InputError
 from lloki_atlas.stages.lineage import atlas_config, platform_name, token_name
 from lloki_atlas.stages.train_cells import StoredCells, most_cells

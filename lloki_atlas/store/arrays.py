@@ -6,8 +6,6 @@ Text is stored as variable-length strings and read back as object arrays of `str
 
 from __future__ import annotations
 
-import asyncio
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,14 +14,11 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import RangeByteRequest
-from zarr.buffer import default_buffer_prototype
-from zarr.codecs import BytesCodec
-from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, ContainsGroupError
 from zarr.storage import LocalStore
 
 from lloki_atlas.errors import FormatError, InputError, NotFoundError
+from lloki_atlas.store.chunks import damaged, is_plain, read_plain, read_plain_pieces, write_chunks
 
 _CHUNK_BYTES = 4 * 2**20
 
@@ -101,8 +96,62 @@ def create_arrays(
         _make_array(group, name, spec)
 
 
-def write_rows(path: str | Path, name: str, start: int, values: np.ndarray) -> None:
-    """Write whole chunks of an array; writing them again is harmless.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one opened array; opening costs more than reading a tile, so a task does it once.
+
+    Made by `open_rows`; `read` and `write` are `read_rows` and `write_rows` of this array.
+    """
+
+    path: str | Path
+    name: str
+    array: zarr.Array
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Read rows `start` to `stop`."""
+        array = self.array
+        if not 0 <= start <= stop <= array.shape[0]:
+            raise InputError(f"{self._where} has {array.shape[0]} rows: rows {start} to {stop} lie outside")
+        return read_plain(array, start, stop) if is_plain(array) else read_values(array, slice(start, stop))
+
+    def write(self, start: int, values: np.ndarray) -> dict[str, list[Any]]:
+        """Write whole chunks and return the digests of their files."""
+        array, where = self.array, self._where
+        values = np.asarray(values)
+        n_rows, chunk_rows = array.shape[0], array.chunks[0]
+        if values.ndim != array.ndim or values.shape[1:] != array.shape[1:]:
+            raise InputError(f"{where} has rows of shape {array.shape[1:]}: values of shape {values.shape} do not fit")
+        stop = start + len(values)
+        if not 0 <= start <= stop <= n_rows:
+            raise InputError(f"{where} has {n_rows} rows: rows {start} to {stop} lie outside")
+        if (start % chunk_rows and start != n_rows) or (stop % chunk_rows and stop != n_rows):
+            raise InputError(
+                f"rows {start} to {stop} are not whole chunks of {where}: start and end at multiples of {chunk_rows}"
+            )
+        if _is_text(array.dtype):
+            values = values.astype(object)
+        elif not np.can_cast(values.dtype, array.dtype, casting="same_kind"):
+            raise InputError(f"{where} holds {array.dtype}: values of {values.dtype} would lose their meaning")
+        return {f"{self.name}/{file}": entry for file, entry in write_chunks(array, start, values).items()}
+
+    @property
+    def _where(self) -> str:
+        return f"array '{self.name}' of {self.path}"
+
+
+def open_rows(path: str | Path, name: str, *, mode: str = "r") -> Rows:
+    """Open an array to read ("r") or write ("r+") many ranges of its rows.
+
+    Raises
+    ------
+    NotFoundError
+        If the group or an array of that name does not exist.
+    """
+    return Rows(path, name, _open_array(path, name, mode=mode))
+
+
+def write_rows(path: str | Path, name: str, start: int, values: np.ndarray) -> dict[str, list[Any]]:
+    """Write whole chunks of an array onto the disk; writing them again is harmless.
 
     Parameters
     ----------
@@ -115,31 +164,17 @@ def write_rows(path: str | Path, name: str, start: int, values: np.ndarray) -> N
     values
         (k, ...) rows, ending at a chunk's or the array's end.
 
+    Returns
+    -------
+    dict
+        Path of each file in the group → [bytes, SHA-256], as `file_digests` has them.
+
     Raises
     ------
     InputError
         If the rows are not whole chunks, or shape or dtype does not fit.
     """
-    array = _open_array(path, name, mode="r+")
-    values = np.asarray(values)
-    n_rows, chunk_rows = array.shape[0], array.chunks[0]
-    where = f"array '{name}' of {path}"
-    if values.ndim != array.ndim or values.shape[1:] != array.shape[1:]:
-        raise InputError(f"{where} has rows of shape {array.shape[1:]}: values of shape {values.shape} do not fit")
-    stop = start + len(values)
-    if not 0 <= start <= stop <= n_rows:
-        raise InputError(f"{where} has {n_rows} rows: rows {start} to {stop} lie outside")
-    if (start % chunk_rows and start != n_rows) or (stop % chunk_rows and stop != n_rows):
-        raise InputError(
-            f"rows {start} to {stop} are not whole chunks of {where}: start and end at multiples of {chunk_rows}"
-        )
-    if _is_text(array.dtype):
-        values = values.astype(object)
-    elif not np.can_cast(values.dtype, array.dtype, casting="same_kind"):
-        raise InputError(f"{where} holds {array.dtype}: values of {values.dtype} would lose their meaning")
-    if len(values):
-        # a chunk that happens to hold only the fill value is a file too: a missing file is then always damage
-        array.with_config({"write_empty_chunks": True})[start:stop] = values
+    return open_rows(path, name, mode="r+").write(start, values)
 
 
 def write_arrays(
@@ -198,10 +233,7 @@ def read_rows(path: str | Path, name: str, start: int, stop: int) -> np.ndarray:
     InputError
         If the rows lie outside the array.
     """
-    array = _open_array(path, name)
-    if not 0 <= start <= stop <= array.shape[0]:
-        raise InputError(f"array '{name}' of {path} has {array.shape[0]} rows: rows {start} to {stop} lie outside")
-    return _plain_rows(array, start, stop) if _is_plain(array) else read_values(array, slice(start, stop))
+    return open_rows(path, name).read(start, stop)
 
 
 def read_row_blocks(path: str | Path, name: str, blocks: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -237,8 +269,8 @@ def read_row_blocks(path: str | Path, name: str, blocks: Sequence[tuple[int, int
     values = np.empty((sum(stop - start for start, stop in pieces), *array.shape[1:]), dtype=array.dtype)
     ends = np.cumsum([stop - start for start, stop in pieces])
     places = [values[end - (stop - start) : end] for end, (start, stop) in zip(ends, pieces, strict=True)]
-    if _is_plain(array):
-        sync(_read_plain(array, pieces, places))
+    if is_plain(array):
+        read_plain_pieces(array, pieces, places)
     else:
         _read_decoded(array, pieces, places)
     return values
@@ -260,56 +292,8 @@ def read_values(array: zarr.Array, selection: Any) -> np.ndarray:
     try:
         values = np.asarray(array[selection])
     except (ValueError, RuntimeError, UnicodeDecodeError) as error:
-        raise _damaged(array) from error
+        raise damaged(array) from error
     return values.astype(object) if _is_text(values.dtype) else values
-
-
-def _plain_rows(array: zarr.Array, start: int, stop: int) -> np.ndarray:
-    """Rows of a plain array, from its files right into the result, which takes a quarter of the time."""
-    values = np.empty((stop - start, *array.shape[1:]), dtype=array.dtype)
-    if not values.size:
-        return values
-    chunk_rows, row_bytes = array.chunks[0], values.nbytes // len(values)
-    folder = Path(array.store.root) / array.path
-    for first in range(start - start % chunk_rows, stop, chunk_rows):
-        begin, end = max(first, start), min(first + chunk_rows, stop)
-        part = values[begin - start : end - start]
-        key = array.metadata.encode_chunk_key((first // chunk_rows, *(0 for _ in array.shape[1:])))
-        try:
-            with open(folder / key, "rb") as handle:
-                handle.seek((begin - first) * row_bytes)
-                if handle.readinto(part.data.cast("B")) != part.nbytes:
-                    raise _damaged(array)
-        except FileNotFoundError:  # never written
-            part[...] = array.fill_value
-    return values
-
-
-def _is_plain(array: zarr.Array) -> bool:
-    """Whether a chunk's bytes are its rows one after the other, as the machine has them."""
-    if array.filters or array.compressors or array.shards is not None or array.chunks[1:] != array.shape[1:]:
-        return False
-    codec = array.serializer
-    return isinstance(codec, BytesCodec) and (codec.endian is None or codec.endian.value == sys.byteorder)
-
-
-async def _read_plain(array: zarr.Array, pieces: Sequence[tuple[int, int]], places: Sequence[np.ndarray]) -> None:
-    row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:]))
-    prototype, chunk_rows = default_buffer_prototype(), array.chunks[0]
-
-    async def read(piece: tuple[int, int], place: np.ndarray) -> None:
-        key = array.metadata.encode_chunk_key((piece[0] // chunk_rows, *(0 for _ in array.shape[1:])))
-        first = piece[0] % chunk_rows * row_bytes
-        request = RangeByteRequest(first, first + place.nbytes)
-        found = await (array.store_path / key).get(prototype=prototype, byte_range=request)
-        if found is None:  # never written
-            place[...] = array.fill_value
-        elif len(found) != place.nbytes:
-            raise _damaged(array)
-        else:
-            place[...] = np.frombuffer(found.as_numpy_array(), dtype=array.dtype).reshape(place.shape)
-
-    await asyncio.gather(*(read(piece, place) for piece, place in zip(pieces, places, strict=True)))
 
 
 def _read_decoded(array: zarr.Array, pieces: Sequence[tuple[int, int]], places: Sequence[np.ndarray]) -> None:
@@ -319,11 +303,6 @@ def _read_decoded(array: zarr.Array, pieces: Sequence[tuple[int, int]], places: 
         if first != held:
             held, rows = first, read_values(array, slice(first, first + chunk_rows))
         place[...] = rows[start - first : stop - first]
-
-
-def _damaged(array: zarr.Array) -> FormatError:
-    place = f"array '{array.path}' of {getattr(array.store, 'root', array.store)}"
-    return FormatError(f"{place} is damaged: verify the catalog and run the stage again")
 
 
 def _is_text(dtype: np.dtype) -> bool:

@@ -26,12 +26,15 @@ def write_durable(path: str | Path, data: bytes) -> None:
     """
     path = Path(path)
     ensure_folder(path.parent)
-    temporary = _write_temporary(path, data)
-    try:
-        os.replace(temporary, path)  # noqa: PTH105 (tests break single system calls by their os name)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _replace(path, data, sync=True)
     sync_folder(path.parent)
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a file so that a killed process leaves it whole or as it was; a power failure may leave it empty."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, data, sync=False)
 
 
 def create_exclusive(path: str | Path, data: bytes) -> bool:
@@ -122,13 +125,22 @@ def sync_file(path: Path, flags: int = os.O_RDONLY) -> None:
         os.close(descriptor)
 
 
-def _write_temporary(path: Path, data: bytes) -> Path:
+def _replace(path: Path, data: bytes, *, sync: bool) -> None:
+    temporary = _write_temporary(path, data, sync=sync)
+    try:
+        os.replace(temporary, path)  # noqa: PTH105 (tests break single system calls by their os name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_temporary(path: Path, data: bytes, *, sync: bool = True) -> Path:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as handle:
             handle.write(data)
             handle.flush()
-            os.fsync(handle.fileno())
+            if sync:
+                os.fsync(handle.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -90,7 +90,13 @@ def file_digests(folder: str | Path) -> dict[str, list[Any]]:
     return {relative: _file_digest(folder / relative) for relative in sorted(_files(folder))}
 
 
-def publish(staging: str | Path, final: str | Path, *, lineage: Mapping[str, Any]) -> Receipt:
+def publish(
+    staging: str | Path,
+    final: str | Path,
+    *,
+    lineage: Mapping[str, Any],
+    written: Mapping[str, list[Any]] | None = None,
+) -> Receipt:
     """Make a finished folder an object: sync it, rename it in place, then write its receipt.
 
     Calling again is harmless: an object that is there already stays as it is and `staging` is dropped, and one
@@ -104,6 +110,8 @@ def publish(staging: str | Path, final: str | Path, *, lineage: Mapping[str, Any
         Where the object lives; the receipt is `<final>.json`.
     lineage
         What made it: stage, its version, parameters, keys of the inputs (JSON-like).
+    written
+        Digests of files whose bytes are on the disk already, as `file_digests` has them; they are not read again.
 
     Returns
     -------
@@ -119,7 +127,7 @@ def publish(staging: str | Path, final: str | Path, *, lineage: Mapping[str, Any
     if not is_complete(final):
         if not _holds_files(final) and not _holds_files(staging):
             raise NotFoundError(f"there is nothing to publish as {object_name(final)}: {staging} does not exist")
-        moved = None if _holds_files(final) else _move_in_place(staging, final)
+        moved = None if _holds_files(final) else _move_in_place(staging, final, written or {})
         receipt = Receipt(final.name, dict(lineage), file_digests(final) if moved is None else moved)
         data = canonical_json(receipt.to_json())
         if not create_exclusive(_receipt_path(final), data) and moved not in (None, read_receipt(final).files):
@@ -192,10 +200,10 @@ def object_name(path: str | Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def _move_in_place(staging: Path, final: Path) -> dict[str, list[Any]] | None:
+def _move_in_place(staging: Path, final: Path, written: Mapping[str, list[Any]]) -> dict[str, list[Any]] | None:
     """Sync and rename; the digests, or None when another publisher's folder is in place."""
     try:
-        files = _make_durable(staging)
+        files = _make_durable(staging, written)
         ensure_folder(final.parent)
         os.rename(staging, final)  # noqa: PTH104
     except OSError:
@@ -207,13 +215,15 @@ def _move_in_place(staging: Path, final: Path) -> dict[str, list[Any]] | None:
     return files
 
 
-def _make_durable(staging: Path) -> dict[str, list[Any]]:
-    for relative in list(_files(staging)):
+def _make_durable(staging: Path, written: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    files = {}
+    for relative in sorted(_files(staging)):
         if _LEFTOVER.search(relative):
             (staging / relative).unlink(missing_ok=True)
-    files = file_digests(staging)
-    for relative in files:
-        sync_file(staging / relative)
+            continue
+        files[relative] = written.get(relative) or _file_digest(staging / relative)
+        if relative not in written:
+            sync_file(staging / relative)
     for folder, _, _ in os.walk(staging, topdown=False):
         sync_folder(Path(folder))
     return files

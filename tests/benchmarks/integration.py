@@ -89,6 +89,8 @@ def main() -> None:
             scores.update(scib_scores(latents, cells, most=arguments.cells))
         rows.append(scores)
         print(json.dumps(scores), file=sys.stderr, flush=True)
+    if not rows:
+        parser.error(f"no contender's name holds '{arguments.only}' (those of the ablations need --ablations)")
     table = pd.DataFrame(rows).groupby("method", sort=False).agg(["mean", "std"]).drop(columns="seed", level=0)
     print(table.xs("mean", axis=1, level=1).round(3).to_string())
     print("\nstandard deviation over seeds")

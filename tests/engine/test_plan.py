@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from support.folders import folder_digest
 from support.tasks import N_ROWS, TILE_ROWS, notes, plan_of, tile_tasks, whole_task
 
-from lloki_atlas.engine import plan as plan_module
-from lloki_atlas.engine.plan import Outcome, Output, Plan, Task, link, run_task
+from lloki_atlas.engine import outputs as outputs_module
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Outcome, Plan, Task, link, run_task
 from lloki_atlas.errors import FormatError, InputError, MemoryBudgetError, NotFoundError
-from lloki_atlas.store.arrays import ArraySpec, read_arrays, read_attributes, write_rows
+from lloki_atlas.store.arrays import ArraySpec, read_arrays, read_attributes
 from lloki_atlas.store.objects import check_object, is_complete, publish, read_receipt
 
 ROWS = np.arange(N_ROWS, dtype=np.float32)
@@ -135,7 +136,7 @@ def test_a_crash_beside_a_publication_does_not_hinder_the_next_attempt(tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(plan_module, "publish", crash)
+        patched.setattr(outputs_module, "publish", crash)
         with pytest.raises(KeyboardInterrupt):
             run_task(last)
     # what was published is lost before anyone looks again
@@ -295,18 +296,30 @@ def test_an_empty_plan_commits_without_a_cluster():
     assert (result, outcomes) == ("same version", [Outcome(frozenset(), {})])
 
 
-def test_rows_that_are_not_what_their_marker_says_are_not_published(tmp_path):
+@pytest.mark.parametrize("damage", ["rows gone", "rows cut short", "marker emptied", "marker garbled"])
+def test_rows_that_are_not_what_their_marker_says_are_written_again(tmp_path, damage):
     spec = ArraySpec((4, 2), "float32", 2, ("row", "column"))
     output = Output(str(tmp_path / "done.zarr"), str(tmp_path / "staging"), {}, specs={"x": spec})
-    for start in (0, 2):
-        tile = replace(output, tiles=(start,))
-        run_task(Task(f"tile {start}", "embed", "support.tasks:ones", {"shape": [2, 2]}, tile))
-    write_rows(output.staging, "x", 2, np.zeros((2, 2), np.float32))
+    tiles = [
+        Task(f"tile {n}", "embed", "support.tasks:ones", {"shape": [2, 2]}, replace(output, tiles=(n,))) for n in (0, 2)
+    ]
+    for tile in tiles:
+        run_task(tile)
+    rows = Path(output.staging) / "x" / "c" / "1" / "0"
+    if damage == "rows gone":
+        rows.unlink()
+    elif damage == "rows cut short":
+        rows.write_bytes(rows.read_bytes()[:-1])
+    else:
+        output.marker(2).write_bytes(b"" if damage == "marker emptied" else b"\0" * 100)
     with pytest.raises(FormatError, match="run again"):
         run_task(Task("publish", "embed", "", {}, output))
-    run_task(Task("tile 2", "embed", "support.tasks:ones", {"shape": [2, 2]}, replace(output, tiles=(2,))))
+    assert tiles[1].output.missing() == (2,)
+    assert tiles[0].output.missing() == ()
+    run_task(tiles[1])
     run_task(Task("publish", "embed", "", {}, output))
     assert (read_arrays(output.path)["x"] == 1).all()
+    assert check_object(output.path) == []
 
 
 def losing_task(root, *, final="", until="", error=""):

@@ -17,12 +17,14 @@ from lloki_atlas.errors import FormatError, InputError, NotFoundError
 from lloki_atlas.store.arrays import (
     ArraySpec,
     create_arrays,
+    open_rows,
     read_arrays,
     read_attributes,
     read_rows,
     write_arrays,
     write_rows,
 )
+from lloki_atlas.store.objects import file_digests
 
 VALUES = {
     "float16": np.linspace(-1, 1, 22, dtype=np.float16).reshape(11, 2),
@@ -197,16 +199,56 @@ def test_what_cannot_be_stored_is_refused(tmp_path, values):
         write_arrays(tmp_path, {"a": values})
 
 
-def test_a_full_disk_goes_through_unchanged(tmp_path, monkeypatch):
-    values = _embedding(tmp_path)
+@pytest.mark.parametrize(("name", "broken"), [("X", "os.fsync"), ("n", "zarr.storage._local._put")])
+def test_a_full_disk_goes_through_unchanged_and_leaves_nothing(tmp_path, monkeypatch, name, broken):
+    create_arrays(
+        tmp_path,
+        {"X": ArraySpec((4, 3), np.float16, 4, ("cell", "k")), "n": ArraySpec((4,), np.int64, 4, ("cell",))},
+    )
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
 
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("zarr.storage._local._put", full)
+    monkeypatch.setattr(broken, full)
     with pytest.raises(OSError, match="No space") as caught:
-        write_rows(tmp_path, "X", 0, values)
+        write_rows(tmp_path, name, 0, np.zeros((4, 3), np.float16) if name == "X" else np.zeros(4, np.int64))
     assert caught.value.errno == errno.ENOSPC
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_writing_says_what_the_files_hold(tmp_path):
+    values = _embedding(tmp_path)
+    written = write_rows(tmp_path, "X", 0, values)
+    assert len(written) > 1
+    assert {name: entry for name, entry in file_digests(tmp_path).items() if not name.endswith("zarr.json")} == written
+
+
+def test_writing_text_says_what_the_files_hold(tmp_path):
+    create_arrays(tmp_path, {"name": ArraySpec((5,), str, 2, ("cell",))})
+    written = write_rows(tmp_path, "name", 0, np.array(list("abcde")))
+    assert {name: entry for name, entry in file_digests(tmp_path).items() if not name.endswith("zarr.json")} == written
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 4, 7, 8])
+def test_files_of_vectors_have_the_bytes_that_zarr_would_write(tmp_path, n_rows):
+    values = np.arange(n_rows * 3, dtype=np.float16).reshape(n_rows, 3)
+    spec = ArraySpec((n_rows, 3), np.float16, 4, ("cell", "k"))
+    for folder in ("ours", "zarr"):
+        create_arrays(tmp_path / folder, {"X": spec})
+    write_rows(tmp_path / "ours", "X", 0, values)
+    zarr.open_array(tmp_path / "zarr" / "X")[:] = values
+    assert file_digests(tmp_path / "ours") == file_digests(tmp_path / "zarr")
+
+
+def test_opened_rows_do_not_bring_back_a_folder_that_is_gone(tmp_path):
+    create_arrays(tmp_path / "g", {"X": ArraySpec((4, 3), np.float16, 2, ("cell", "k"))})
+    rows = open_rows(tmp_path / "g", "X", mode="r+")
+    rows.write(0, np.zeros((2, 3), np.float16))
+    (tmp_path / "g").rename(tmp_path / "published")
+    with pytest.raises(FileNotFoundError):
+        rows.write(2, np.zeros((2, 3), np.float16))
+    assert not (tmp_path / "g").exists()
 
 
 @settings(deadline=None, max_examples=25)

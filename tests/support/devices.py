@@ -17,7 +17,8 @@ from support.tasks import N_ROWS, TILE_ROWS, note, notes
 
 from lloki_atlas.engine import cluster
 from lloki_atlas.engine.devices import VISIBLE
-from lloki_atlas.engine.plan import Output, Task
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Task
 from lloki_atlas.store.arrays import ArraySpec
 
 Tile = tuple[int, dict[str, np.ndarray]]

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lloki_atlas.engine.plan import Outcome, Output, Plan, Task
+from lloki_atlas.engine.outputs import Output
+from lloki_atlas.engine.plan import Outcome, Plan, Task
 from lloki_atlas.errors import InputError, NotFoundError
 from lloki_atlas.store.arrays import ArraySpec
 
