@@ -6,6 +6,7 @@ LlokiAtlasError
 ├── MemoryBudgetError                        the plan does not fit: smaller tiles, larger workers
 ├── ConflictError                            another writer committed first: open the head and try again
 ├── FormatError                              a store is damaged, or was written by a newer version
+├── StorageError          (also OSError)     object storage cannot be reached, or refuses: run again
 ├── CheckpointError                          weights and their description do not fit each other
 └── ClusterError                             workers are missing, lost, or too small for the plan
 
@@ -59,6 +60,13 @@ class FormatError(LlokiAtlasError):
     """A store is damaged, incomplete, or was written by a newer version."""
 
     kind = "format"
+    exit_code = 4
+
+
+class StorageError(LlokiAtlasError, OSError):
+    """Object storage cannot be reached, refuses, or does not honour conditions; nothing was committed."""
+
+    kind = "storage"
     exit_code = 4
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.s3 import INSTALLED, NEEDS, Bucket, s3_server
 
 # workers inherit it: one thread each, as in a real run
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +30,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if marker in item.keywords:
                     item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Address of an S3 server on loopback."""
+    if not INSTALLED:
+        pytest.skip(NEEDS)
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
+    """An empty bucket that this process can use."""
+    made = Bucket(s3_endpoint)
+    made.faults()
+    for name, value in {**made.environment, "LLOKI_ATLAS_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    return made
 
 
 @pytest.fixture(scope="session")

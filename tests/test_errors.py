@@ -19,6 +19,7 @@ from lloki_atlas.errors import (
     LlokiAtlasError,
     MemoryBudgetError,
     NotFoundError,
+    StorageError,
 )
 
 # class, kind, exit code, built-in that it also is
@@ -28,6 +29,7 @@ TREE = [
     (CheckpointError, "checkpoint", 3, Exception),
     (ConflictError, "conflict", 4, Exception),
     (FormatError, "format", 4, Exception),
+    (StorageError, "storage", 4, OSError),
     (MemoryBudgetError, "memory-budget", 5, Exception),
     (ClusterError, "cluster", 5, Exception),
 ]

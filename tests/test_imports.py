@@ -30,6 +30,12 @@ COMMANDS = (
     "sparsity",
     "log",
     "verify",
+    "remove",
+    "rollback",
+    "gc",
+    "export-version",
+    "import-version",
+    "configure",
 )
 IMPORT = "import lloki_atlas; [lloki_atlas.__version__, dir(lloki_atlas)]"
 HELP = """

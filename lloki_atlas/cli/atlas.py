@@ -1,4 +1,4 @@
-"""Commands that make an atlas: demo, simulate, build, create, ingest, plan, run."""
+"""Commands that make an atlas: demo, simulate, build, create, configure, plan, run."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ DeviceMemory = Annotated[
 ]
 Cluster = Annotated[str, typer.Option("--cluster", help="`local`, or the address of a scheduler, tcp://host:8786.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Root = Annotated[str, typer.Argument(help="Folder of the catalog.")]
+Root = Annotated[str, typer.Argument(help="Folder of the catalog, or an address such as s3://bucket/atlas.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    for command in (demo, simulate, build, create, ingest, plan, run):
+    for command in (demo, simulate, build, create, configure, plan, run):
         app.command()(command)
 
 
@@ -75,7 +75,7 @@ def simulate(
 def build(
     manifest: Annotated[Path, typer.Argument(help="A manifest, such as catalogs/mouse-cortex.toml.")],
     root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the catalog.", show_default="NAME.atlas")
+        str | None, typer.Option("--root", help="Folder or address of the catalog.", show_default="NAME.atlas")
     ] = None,
     until: Annotated[str, typer.Option("--until", help="Last stage.")] = "integrate",
     workers: Workers = None,
@@ -87,7 +87,7 @@ def build(
 ) -> None:
     """Build the atlas of a manifest, start to end; run it again to continue."""
     from lloki_atlas.stages.build import build as construct
-    from lloki_atlas.stages.pipeline import status
+    from lloki_atlas.stages.status import status
 
     with client_of(cluster) as client:
         catalog = construct(
@@ -134,78 +134,38 @@ def create(
     emit({"root": str(root), "version": catalog.version}, as_json=as_json, text=f"{root}: version {catalog.version}")
 
 
-def ingest(
+def configure(
     root: Root,
-    sources: Annotated[list[Path], typer.Argument(help="h5ad files or SpatialData zarr stores.")],
-    technology: Annotated[str, typer.Option("--technology", help="Platform, such as MERFISH.")],
-    organism: Annotated[str, typer.Option("--organism", help="mouse or human.")],
-    unit: Annotated[str, typer.Option("--unit", help="Of the coordinates: micrometer, millimeter, nanometer, pixel.")],
-    um_per_unit: Annotated[float | None, typer.Option("--um-per-unit", help="Micrometres per pixel.")] = None,
-    slice_id: Annotated[
-        str | None, typer.Option("--slice-id", help="Name of the slice.", show_default="file name")
-    ] = None,
-    slice_key: Annotated[str | None, typer.Option("--slice-key", help="obs column; each value is a slice.")] = None,
-    label_key: Annotated[
-        list[str] | None, typer.Option("--label-key", help="obs column to query by; repeatable.")
-    ] = None,
-    layer: Annotated[str | None, typer.Option("--layer", help="Layer that holds the counts.", show_default="X")] = None,
-    spatial_key: Annotated[str, typer.Option("--spatial-key", help="obsm key of the coordinates.")] = "spatial",
-    keep_empty_cells: Annotated[bool, typer.Option("--keep-empty-cells", help="List cells without counts.")] = False,
-    accept_normalized: Annotated[bool, typer.Option("--accept-normalized", help="Take non-integer values.")] = False,
-    gene_map: Annotated[Path | None, typer.Option("--gene-map", help="Table: source symbol, canonical symbol.")] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="section.name=value, such as propagation.alpha=0.5; repeatable.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Check slices and store them; a slice that cannot be used changes nothing."""
-    from lloki_atlas.errors import InputError
-    from lloki_atlas.stages.ingest import ingest as store
-    from lloki_atlas.stages.sources import section_values
+    """Change settings of a catalog; `status` says what becomes stale, and `run` makes it again."""
+    from lloki_atlas.stages.configure import configure as change
+    from lloki_atlas.stages.configure import parse_settings
     from lloki_atlas.store.catalog import open_catalog
 
-    if slice_id is not None and len(sources) > 1:
-        raise InputError("one --slice-id cannot name several sources: ingest them one by one, or leave it out")
-    catalog = open_catalog(root, mode="r+")
-    names = []
-    for source in sources:
-        for value in section_values(source, slice_key) if slice_key else [None]:
-            name = "_".join(part for part in (slice_id, value) if part) or source.stem
-            catalog = store(
-                catalog,
-                source,
-                slice_id=name,
-                technology=technology,
-                organism=organism,
-                coordinate_unit=unit,
-                um_per_unit=um_per_unit,
-                spatial_key=spatial_key,
-                label_key=label_key or None,
-                layer=layer,
-                slice_key=slice_key,
-                slice_value=value,
-                empty_cells="keep" if keep_empty_cells else "error",
-                accept_normalized=accept_normalized,
-                gene_map=gene_map,
-            )
-            names.append(name)
-    emit(
-        {"version": catalog.version, "slices": names},
-        as_json=as_json,
-        text=f"version {catalog.version}: {', '.join(names)}",
-    )
+    catalog = change(open_catalog(root, mode="r+"), parse_settings(settings))
+    emit({"version": catalog.version}, as_json=as_json, text=f"version {catalog.version}")
 
 
 def plan(
     root: Root, until: Annotated[str, typer.Option(help="Last stage.")] = "integrate", as_json: Json = False
 ) -> None:
-    """Say what a run would do: tasks, cells and memory, stage by stage."""
+    """Say what a run would do, stage by stage: tasks, cells, memory of a task, and bytes that it writes at most."""
     from lloki_atlas.stages.pipeline import plan as make
     from lloki_atlas.store.catalog import open_catalog
 
     summary = make(open_catalog(root), until=until).summary()
     rows = [
-        (stage, part["tasks"], f"{part['cells']:,}", f"{part['projected_memory'] / 2**20:,.0f} MiB")
+        (
+            *(stage, part["tasks"], f"{part['cells']:,}"),
+            *(f"{part[name] / 2**20:,.0f} MiB" for name in ("projected_memory", "writes")),
+        )
         for stage, part in summary["stages"].items()
     ]
-    text = table(["stage", "tasks", "cells", "memory a task"], rows) if rows else "nothing to do"
+    text = table(["stage", "tasks", "cells", "memory a task", "writes at most"], rows) if rows else "nothing to do"
     emit(summary, as_json=as_json, text=text)
 
 

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from lloki_atlas import __version__
-from lloki_atlas.cli import atlas, autoencoders, catalogs, models, queries
+from lloki_atlas.cli import atlas, autoencoders, catalogs, models, queries, sources
 from lloki_atlas.cli.output import fail
 from lloki_atlas.errors import InputError, LlokiAtlasError
 from lloki_atlas.store.durable import describe_os_error
@@ -21,7 +21,7 @@ app = typer.Typer(
     help="Embed spatial transcriptomics slices of any gene panel in one space, and ask the atlas questions.",
     epilog="Begin with: lloki-atlas demo my-first-atlas",
 )
-for module in (atlas, autoencoders, catalogs, models, queries):
+for module in (atlas, sources, autoencoders, catalogs, models, queries):
     module.register(app)
 
 

@@ -59,7 +59,7 @@ def tour(catalog: Catalog, *, cells_per_type: int = 40) -> str:
         ),
         "",
         f"{sum(r.n_cells for r in catalog.state.slices.values()):,} cells in {len(catalog.state.slices)} slices",
-        f"catalog: {catalog.root.resolve()} (version {catalog.version})",
+        f"catalog: {catalog.root} (version {catalog.version})",
         f"ask it more: lloki-atlas query {catalog.root} --slice {name} --cell {cell} --exclude-own-slice",
     ]
     return "\n".join(lines)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
 from lloki_atlas.config import canonical_json
 from lloki_atlas.errors import FormatError
 from lloki_atlas.store.arrays import ArraySpec, Rows, create_arrays, open_rows
-from lloki_atlas.store.durable import write_whole
-from lloki_atlas.store.objects import is_complete, publish
+from lloki_atlas.store.durable import remove_tree, write_whole
+from lloki_atlas.store.objects import is_complete
+from lloki_atlas.store.places import Place, place
+from lloki_atlas.store.publishing import own_staging, publish
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,26 @@ class Output:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     folder: bool = False
 
-    def marker(self, start: int) -> Path:
+    def marker(self, start: int) -> Place:
         """The file that says that the rows of the tile that begins with row `start` are on disk."""
-        return Path(f"{self.staging}.tiles") / f"{start}.json"
+        return place(f"{self.staging}.tiles") / f"{start}.json"
 
     def missing(self) -> tuple[int, ...]:
         """Tiles that the task has yet to fill, none once the object is published."""
         if is_complete(self.path):
             return ()
-        return tuple(start for start in self.tiles if not _holds_bytes(self.marker(start)))
+        if len(self.tiles) == 1:
+            return () if _holds_bytes(self.marker(self.tiles[0])) else self.tiles
+        there = {marker.name for marker in _markers(self.staging) if _holds_bytes(marker)}
+        return tuple(start for start in self.tiles if self.marker(start).name not in there)
 
 
 @contextmanager
-def own_staging(output: Output) -> Iterator[str]:
+def publishing(output: Output) -> Iterator[str]:
     """A folder of this attempt's own, published at the end: two runs at once never write into each other's."""
-    staging = f"{output.staging}-{uuid4().hex[:8]}"
-    try:
-        yield staging
+    with own_staging(output.staging) as staging:
+        yield str(staging)
         publish(staging, output.path, lineage=dict(output.lineage))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 class Filling:
@@ -86,8 +86,7 @@ class Filling:
         """Write the rows of a tile; its marker says so once they are on the disk."""
         output = self._output
         if not self._rows:
-            create_arrays(output.staging, dict(output.specs), attributes=dict(output.attributes))
-            self._rows = {name: open_rows(output.staging, name, mode="r+") for name in output.specs}
+            self._rows = _opened(output)
         files: dict[str, list[Any]] = {}
         for name, rows in self._rows.items():
             files |= rows.write(start, arrays[name])
@@ -103,24 +102,61 @@ def publish_tiles(output: Output) -> None:
     FormatError
         If rows are not as long as they were written. Their marker is gone then, so that the next run writes them again.
     """
-    markers = Path(f"{output.staging}.tiles")
     written: dict[str, list[Any]] = {}
-    for marker in sorted(markers.glob("*.json")):
+    unfit = []
+    for marker in _markers(output.staging):
         try:
             files = json.loads(marker.read_bytes())["files"]
-            whole = all((Path(output.staging) / file).stat().st_size == entry[0] for file, entry in files.items())
-        except (ValueError, KeyError, TypeError, FileNotFoundError):
+            whole = all((place(output.staging) / file).stat().st_size == entry[0] for file, entry in files.items())
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, FileNotFoundError):
             whole = False
-        if not whole:
-            marker.unlink()
-            raise FormatError(f"rows {marker.stem} and on of {output.staging} are not what was written: run again")
-        written |= files
+        if whole:
+            written |= files
+        else:
+            marker.unlink(missing_ok=True)
+            unfit.append(marker.name.removesuffix(".json"))
+    if unfit:
+        raise FormatError(f"rows {', '.join(unfit)} and on of {output.staging} are not what was written: run again")
+    if not _is_there(output) and place(output.staging).is_dir():
+        for file in _chunks(output):
+            if file not in written and not _holds_bytes(place(output.staging) / file):
+                raise FormatError(f"{file} of {output.staging} was never written: run again")
+        _opened(output)
     # markers go first: one that outlived the rows it speaks of would let them be skipped for ever
-    shutil.rmtree(markers, ignore_errors=True)
+    remove_tree(f"{output.staging}.tiles")
     publish(output.staging, output.path, lineage=dict(output.lineage), written=written)
 
 
-def _holds_bytes(marker: Path) -> bool:
+def _opened(output: Output) -> dict[str, Rows]:
+    """The arrays to fill, made where they are not there; their form is written anew where a power failure took it."""
+    try:
+        create_arrays(output.staging, dict(output.specs), attributes=dict(output.attributes))
+    except FormatError:
+        for name in ("", *output.specs):  # rows and their markers are what they were
+            (place(output.staging) / name / "zarr.json").unlink(missing_ok=True)
+        create_arrays(output.staging, dict(output.specs), attributes=dict(output.attributes))
+    return {name: open_rows(output.staging, name, mode="r+") for name in output.specs}
+
+
+def _is_there(output: Output) -> bool:
+    """Whether another run made the object: a rename makes it whole, in a bucket its receipt."""
+    final = place(output.path)
+    return final.is_dir() if isinstance(final, Path) else is_complete(final)
+
+
+def _chunks(output: Output) -> Iterator[str]:
+    """Files of all rows, relative to the object."""
+    for name, spec in output.specs.items():
+        for number in range(-(-spec.shape[0] // spec.chunk_rows)):
+            yield "/".join([name, "c", str(number), *("0" for _ in spec.shape[1:])])
+
+
+def _markers(staging: str) -> list[Place]:
+    folder = place(f"{staging}.tiles")
+    return sorted(path for path in folder.iterdir() if path.name.endswith(".json")) if folder.is_dir() else []
+
+
+def _holds_bytes(marker: Place) -> bool:
     try:
         return marker.stat().st_size > 0
     except FileNotFoundError:

@@ -10,13 +10,16 @@ This module knows neither Dask nor biology: `lloki_atlas.engine.cluster` runs a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from lloki_atlas.engine.outputs import Filling, Output, own_staging, publish_tiles
+import numpy as np
+
+from lloki_atlas.engine.outputs import Filling, Output, publish_tiles, publishing
 from lloki_atlas.errors import LlokiAtlasError, MemoryBudgetError
 from lloki_atlas.store.arrays import write_arrays
 from lloki_atlas.store.objects import is_complete
@@ -58,6 +61,9 @@ class Task:
         Whether the function is a generator of tiles.
     device
         Whether the task wants the device of a GPU worker, where there is one.
+    writes
+        Bytes that the task writes at most, before compression, when it writes a whole object; what it writes of tiles
+        follows from their arrays (`projected_writes`).
     """
 
     name: str
@@ -73,6 +79,12 @@ class Task:
     also: tuple[Output, ...] = ()
     streams: bool = False
     device: bool = False
+    writes: int = 0
+
+    @property
+    def projected_writes(self) -> int:
+        """Bytes that the task will write at most, before compression."""
+        return self.writes + sum(_tile_bytes(output) for output in self.outputs)
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -84,11 +96,13 @@ class Task:
 class Plan:
     """Tasks in an order in which every task comes after those it requires.
 
-    `commit` is called on the driver with the outcome and returns whatever the run returns (a catalog).
+    `commit` is called on the driver with the outcome and returns whatever the run returns (a catalog); `lease` is held
+    from before the first task until after it.
     """
 
     tasks: tuple[Task, ...]
     commit: Callable[[Outcome], Any]
+    lease: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def projected_memory(self) -> int:
@@ -149,17 +163,24 @@ class Plan:
         """
         from lloki_atlas.engine.cluster import run_plan
 
-        return run_plan(self, client, progress=progress, n_workers=n_workers, n_gpus=n_gpus)
+        with self.lease():
+            return run_plan(self, client, progress=progress, n_workers=n_workers, n_gpus=n_gpus)
 
     def summary(self) -> dict[str, Any]:
-        """Per stage: tasks, cells and the largest task's bytes."""
+        """Per stage and in all: tasks, memory of the largest task and bytes that are written; per stage also cells."""
         stages: dict[str, dict[str, int]] = {}
         for task in self.tasks:
-            entry = stages.setdefault(task.stage, {"tasks": 0, "cells": 0, "projected_memory": 0})
+            entry = stages.setdefault(task.stage, {"tasks": 0, "cells": 0, "projected_memory": 0, "writes": 0})
             entry["tasks"] += 1
             entry["cells"] += task.n_cells
             entry["projected_memory"] = max(entry["projected_memory"], task.projected_memory)
-        return {"tasks": len(self.tasks), "projected_memory": self.projected_memory, "stages": stages}
+            entry["writes"] += task.projected_writes
+        return {
+            "tasks": len(self.tasks),
+            "projected_memory": self.projected_memory,
+            "writes": sum(entry["writes"] for entry in stages.values()),
+            "stages": stages,
+        }
 
 
 def link(tasks: Iterable[Task]) -> tuple[Task, ...]:
@@ -252,7 +273,7 @@ def _compute(task: Task) -> None:
     module, _, name = task.function.partition(":")
     compute = getattr(import_module(module), name)
     if output.folder:
-        with own_staging(output) as staging:
+        with publishing(output) as staging:
             Path(staging).mkdir(parents=True)
             compute(staging, **task.arguments)
         return
@@ -260,7 +281,7 @@ def _compute(task: Task) -> None:
         _fill_tiles(task, compute)
         return
     arrays = compute(**task.arguments)
-    with own_staging(output) as staging:
+    with publishing(output) as staging:
         write_arrays(staging, arrays, dims=dict(output.dims), attributes=dict(output.attributes))
 
 
@@ -285,6 +306,16 @@ def _fill_tiles(task: Task, compute: Callable[..., Any]) -> None:
                 missing[output.path].discard(start)
     if any(missing.values()):
         raise RuntimeError(f"{task.name} ended without all of its tiles: {sorted(set().union(*missing.values()))}")
+
+
+def _tile_bytes(output: Output) -> int:
+    """Bytes of the tiles that a task fills of an object: their rows of every array."""
+    total = 0
+    for spec in output.specs.values():
+        row_bytes = prod(spec.shape[1:]) * (16 if spec.is_text else np.dtype(spec.dtype).itemsize)
+        rows = sum(min(spec.chunk_rows, spec.shape[0] - start) for start in output.tiles)
+        total += rows * row_bytes
+    return total
 
 
 def _megabytes(n_bytes: int) -> str:

@@ -197,6 +197,13 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [folder / TOKEN_FILE, folder.parent / token_description(folder)["model"] / WEIGHTS_FILE]
 
 
+def base_of(folder: str | Path) -> str | None:
+    """Name of the folder of the autoencoder that a token belongs to, which lies beside it; None of an autoencoder."""
+    if not (Path(folder) / TOKEN_DESCRIPTION_FILE).exists():
+        return None
+    return str(token_description(folder)["model"])
+
+
 def _load_autoencoder(folder: Path) -> ConditionalAutoencoder:
     description = _description(folder / DESCRIPTION_FILE)
     try:

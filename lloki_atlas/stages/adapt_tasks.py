@@ -12,6 +12,7 @@ from lloki_atlas.engine.outputs import Output
 from lloki_atlas.engine.plan import Task
 from lloki_atlas.stages.adapt_cells import N_EMBEDDING, read_sample
 from lloki_atlas.stages.lineage import atlas_config, token_name
+from lloki_atlas.stages.streaming import local_model
 from lloki_atlas.stages.train_labels import label_codes
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.records import SliceRecord
@@ -64,9 +65,10 @@ def adapt(
     from lloki_atlas.models.autoencoder_files import load_model, load_settings, save_token
 
     # a search may have chosen another weight than the atlas asked for
-    weight = load_settings(model_path).conservation_weight
+    model_folder = local_model(model_path)
+    weight = load_settings(model_folder).conservation_weight
     config = dataclasses.replace(AutoencoderConfig(**settings), conservation_weight=weight)
-    model = load_model(model_path)
+    model = load_model(model_folder)
     labels = None
     if label_key is not None:
         labels, _ = label_codes([SliceStore(part["slice_path"]) for part in [*samples, *atlas]], label_key)
@@ -88,7 +90,7 @@ def adapt(
     save_token(
         folder,
         found.token,
-        model=model_path,
+        model=model_folder,
         settings={"random_state": random_state},
         history=found.history,
         evidence=found.evidence,
@@ -102,8 +104,8 @@ def adapt(
 
 def token_description(catalog: Catalog, key: str) -> dict[str, Any]:
     """Return the JSON beside a token's numbers: platform, autoencoder, losses, what was measured, lineage."""
-    with open(catalog.path("models", key) / TOKEN_DESCRIPTION_FILE, "rb") as handle:
-        return json.load(handle)
+    description: dict[str, Any] = json.loads((catalog.path("models", key) / TOKEN_DESCRIPTION_FILE).read_bytes())
+    return description
 
 
 def autoencoder_of(catalog: Catalog, key: str) -> str:

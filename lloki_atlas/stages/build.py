@@ -15,6 +15,7 @@ from lloki_atlas.stages.pipeline import run
 from lloki_atlas.stages.reference import fit_reference
 from lloki_atlas.stages.sources import section_values
 from lloki_atlas.store.catalog import Catalog, open_catalog
+from lloki_atlas.store.places import Place, place
 
 
 def build(
@@ -55,7 +56,7 @@ def build(
         If the manifest, the reference or a slice cannot be used; the catalog keeps what was committed before.
     """
     described = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    location = Path(root) if root is not None else Path(f"{described.name}.atlas")
+    location = place(root if root is not None else f"{described.name}.atlas")
     if described.simulation is not None:
         described = _simulated(described, location)
     slices = [part for entry in described.slices for part in _sections(described, entry)]
@@ -77,15 +78,16 @@ def build(
     )
 
 
-def _simulated(manifest: Manifest, location: Path) -> Manifest:
+def _simulated(manifest: Manifest, location: Place) -> Manifest:
     """Make the sources beside the catalog; equal settings make equal files, which ingest then recognises."""
     from lloki_atlas.simulation import simulate
 
-    sources = simulate(location.with_name(f"{location.name}.sources"), **asdict(manifest.simulation))  # type: ignore[arg-type]
+    beside = location.parent if isinstance(location, Path) else Path()
+    sources = simulate(beside / f"{location.name}.sources", **asdict(manifest.simulation))  # type: ignore[arg-type]
     return replace(read_manifest(sources), name=manifest.name, path=manifest.path, config=manifest.config)
 
 
-def _open_or_create(manifest: Manifest, location: Path) -> Catalog:
+def _open_or_create(manifest: Manifest, location: Place) -> Catalog:
     try:
         catalog = open_catalog(location, mode="r+")
     except NotFoundError:

@@ -11,6 +11,8 @@ from lloki_atlas.errors import InputError
 
 # float32 holds every whole number up to here
 MAX_COUNT = 2.0**24
+# a kilometre in nanometre
+MAX_COORDINATE = 1e12
 
 
 def check_not_empty(counts: csr_matrix, *, where: str) -> None:
@@ -44,13 +46,21 @@ def check_counts(counts: csr_matrix, *, where: str, accept_normalized: bool = Fa
 
 
 def check_coordinates(coordinates: np.ndarray, *, cells: Sequence[str], where: str) -> None:
-    """Refuse positions that are missing or infinite."""
+    """Refuse positions that are missing, infinite, absurdly far out, or all the same."""
     lost = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
     if len(lost):
         raise InputError(
             f"{len(lost)} cells of {where} have NaN or infinite coordinates ({_first(cells, lost)}): "
             "remove these cells from the source"
         )
+    far = np.flatnonzero((np.abs(coordinates) > MAX_COORDINATE).any(axis=1))
+    if len(far):
+        raise InputError(
+            f"{len(far)} cells of {where} lie beyond {MAX_COORDINATE:g} ({_first(cells, far)}): "
+            "give positions on a slide, in one of the known units"
+        )
+    if len(coordinates) > 1 and (coordinates == coordinates[0]).all():
+        raise InputError(f"all cells of {where} lie at one point: give the cells' positions, two columns, x and y")
 
 
 def check_unique(names: Sequence[str], *, what: str, where: str, mend: str) -> None:
@@ -103,8 +113,14 @@ def check_identity(slice_id: str, *, technology: str) -> None:
 
 def _first(names: Sequence[str] | np.ndarray, rows: np.ndarray, n: int = 3) -> str:
     """Name the first few of `rows`."""
-    shown = ", ".join(str(names[row]) for row in rows[:n])
+    shown = ", ".join(_printable(str(names[row])) for row in rows[:n])
     return shown if len(rows) <= n else f"{shown}, …"
+
+
+def _printable(name: str, longest: int = 60) -> str:
+    """A name from a source, fit for one line of a terminal."""
+    text = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in name[: longest + 1])
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _number(value: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from lloki_atlas.errors import InputError
 from lloki_atlas.models.embedders import embedder_factory
 from lloki_atlas.stages.reference import fit_reference
 from lloki_atlas.store.catalog import Catalog, create_store, vacant
-from lloki_atlas.store.objects import is_complete, publish
+from lloki_atlas.store.objects import is_complete
+from lloki_atlas.store.places import Place
+from lloki_atlas.store.publishing import own_staging, publish
 from lloki_atlas.store.records import Change
 from lloki_atlas.store.references import ReferenceProfile, write_reference
 
@@ -28,7 +29,7 @@ def parse_embedder(text: str, base: EmbedderConfig | None = None) -> EmbedderCon
 
 
 def create_catalog(
-    location: str | Path,
+    location: str | Place,
     *,
     reference: Any,
     organism: str | None = None,
@@ -42,7 +43,7 @@ def create_catalog(
     Parameters
     ----------
     location
-        A folder that does not exist yet, or is empty.
+        A folder that does not exist yet, or is empty; or an address such as `s3://bucket/atlas`.
     reference
         scRNA-seq counts: path of an h5ad file, an AnnData, or a `ReferenceProfile`.
     organism
@@ -83,7 +84,7 @@ def create_catalog(
     change = Change(
         config=to_dict(config),
         reference=_write_reference(catalog, profile),
-        models={"embedder": _write_embedder(catalog, config.embedder, embedder_digest)},
+        models={"embedder": write_embedder(catalog, config.embedder, embedder_digest)},
     )
     return create_store(location, change, message="create")
 
@@ -124,7 +125,8 @@ def _write_reference(catalog: Catalog, profile: ReferenceProfile) -> str:
     return key
 
 
-def _write_embedder(catalog: Catalog, settings: EmbedderConfig, embedder_digest: str) -> str:
+def write_embedder(catalog: Catalog, settings: EmbedderConfig, embedder_digest: str) -> str:
+    """Publish the description of an embedder; its key."""
     description = {"name": settings.name, "digest": embedder_digest}
     key = digest({"stage": "embedder", **description})
 
@@ -140,10 +142,6 @@ def _publish_folder(catalog: Catalog, kind: str, key: str, write: Callable[[Path
     final = catalog.path(kind, key)
     if is_complete(final):
         return
-    staging = catalog.path("staging", key)
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    with own_staging(catalog.path("staging", key)) as staging:
         write(staging)
         publish(staging, final, lineage={"kind": kind})
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -40,6 +40,12 @@ def region_centroids(elements: Any, obs: pd.DataFrame, *, regions: Mapping[str, 
     InputError
         If the regions are no shapes, or a cell has none.
     """
+    for key in ("region_key", "instance_key"):
+        if regions[key] not in obs:
+            raise InputError(
+                f"{where} annotates shapes by the column '{regions[key]}', which obs lacks: "
+                "give the cells' positions in obsm['spatial'], or mend the table"
+            )
     region_of = obs[regions["region_key"]].astype(str).to_numpy()
     instances = obs[regions["instance_key"]].to_numpy()
     positions = np.full((len(obs), 2), np.nan)
@@ -95,6 +101,8 @@ def _frame_bytes(frame: pd.DataFrame) -> Iterator[bytes]:
 
 def _shapes(elements: Any, name: str, *, where: str) -> Any:
     if isinstance(elements, Path):
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise InputError(f"{where} annotates '{name}', which is no name of an element: mend the table's region")
         file = elements / "shapes" / name / "shapes.parquet"
         if file.is_file():
             import geopandas  # type: ignore[import-untyped]

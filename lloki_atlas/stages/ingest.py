@@ -5,35 +5,29 @@ Everything is checked before the first byte is written, so a refusal leaves the 
 
 from __future__ import annotations
 
-import json
-import shutil
-import uuid
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from lloki_atlas.config import digest
-from lloki_atlas.errors import InputError
+from lloki_atlas.errors import FormatError, InputError, LlokiAtlasError, NotFoundError
 from lloki_atlas.stages.genes import tables_digest
 from lloki_atlas.stages.lineage import atlas_config
 from lloki_atlas.stages.prepare import PreparedSlice, prepare_slice
-from lloki_atlas.stages.readers import REGION_ATTRIBUTES
+from lloki_atlas.stages.requests import REQUEST, request_digest, source_digest
+from lloki_atlas.stages.slice_files import write_slice
 from lloki_atlas.stages.sources import SourceTable, open_source
-from lloki_atlas.stages.units import MICROMETER
 from lloki_atlas.store.arrays import read_arrays
 from lloki_atlas.store.catalog import Catalog, commit
-from lloki_atlas.store.objects import is_complete, publish
+from lloki_atlas.store.leases import writing
+from lloki_atlas.store.objects import is_complete, read_receipt
+from lloki_atlas.store.publishing import own_staging, publish
 from lloki_atlas.store.records import Change, SliceRecord
+from lloki_atlas.store.slices import SliceStore
 
-__all__ = ["PreparedSlice", "ingest", "prepare_slice", "write_slice"]
+__all__ = ["PreparedSlice", "ingest", "make_slice", "prepare_slice", "write_slice"]
 
 VERSION = 1
-TABLE = "table"
-METADATA = "lloki_atlas"
 
 
 def ingest(
@@ -54,18 +48,19 @@ def ingest(
     empty_cells: str = "error",
     accept_normalized: bool = False,
     gene_map: str | Path | None = None,
+    replace: bool | None = None,
     reference_symbols: Callable[[], Iterable[str]] | None = None,
 ) -> Catalog:
-    """Add one slice to a catalog.
+    """Add one slice to a catalog, or a new version of one.
 
     Parameters
     ----------
     catalog
         Open for commits, with a reference.
     source
-        Path of an h5ad file or of a SpatialData store, an AnnData, or a SpatialData.
+        Path of an h5ad file, of a SpatialData store or of a vendor's output folder; an AnnData, or a SpatialData.
     slice_id, technology
-        What the slice and its platform are called; an id is given once.
+        What the slice and its platform are called.
     organism
         `mouse` or `human`.
     coordinate_unit, um_per_unit
@@ -86,89 +81,149 @@ def ingest(
         Take values that are not whole numbers.
     gene_map
         Tab-separated table (source symbol, canonical symbol) that wins over the built-in ones.
+    replace
+        What becomes of a slice that has this id and other content. True: this is its new version, False: it is refused.
+        None: it is the new version if the slice was made of the file at this path, which changed or is read in another
+        way, and refused if another source had that id. Earlier versions of the catalog keep the slice as it was.
     reference_symbols
         Gives the reference's canonical symbols; None reads them from the catalog.
 
     Returns
     -------
     Catalog
-        At the new version; the same catalog when it has this very slice already.
+        At the new version; the same catalog when it has this very slice already, which needs no parsing where the same
+        was asked of the same bytes.
 
     Raises
     ------
     InputError
         If the source cannot be used, or another slice has that id; the catalog is as before.
     ConflictError
-        If another writer added that id meanwhile.
+        If another writer added or replaced that slice meanwhile.
     """
     if catalog.mode == "r":
         raise InputError(f"{catalog.root} is open for reading: open it with mode='r+' to ingest")
+    with writing(catalog.root, f"ingest {slice_id}"):
+        record = make_slice(
+            catalog,
+            source,
+            slice_id=slice_id,
+            replace=replace,
+            reference_symbols=reference_symbols,
+            technology=technology,
+            organism=organism,
+            coordinate_unit=coordinate_unit,
+            um_per_unit=um_per_unit,
+            spatial_key=spatial_key,
+            label_key=label_key,
+            layer=layer,
+            slice_key=slice_key,
+            slice_value=slice_value,
+            table=table,
+            empty_cells=empty_cells,
+            accept_normalized=accept_normalized,
+            gene_map=gene_map,
+        )
+        if record is None:
+            return catalog
+        return commit(catalog, Change(slices={slice_id: record}), message=f"ingest {slice_id}")
+
+
+def make_slice(
+    catalog: Catalog,
+    source: Any,
+    *,
+    slice_id: str,
+    replace: bool | None = None,
+    reference_symbols: Callable[[], Iterable[str]] | None = None,
+    **options: Any,
+) -> SliceRecord | None:
+    """Publish the object of a slice; nothing is committed.
+
+    Parameters
+    ----------
+    catalog
+        Knows the reference, the settings, and the slice of that id if there is one.
+    source, slice_id, replace, reference_symbols, options
+        As for `ingest`.
+
+    Returns
+    -------
+    SliceRecord
+        What to commit; None when the catalog has this very slice already.
+
+    Raises
+    ------
+    InputError
+        If the source cannot be used, or another slice has that id; nothing was published.
+    """
     tile_cells = atlas_config(catalog).tile.tile_cells
-    opened = open_source(
-        source, layer=layer, spatial_key=spatial_key, slice_key=slice_key, slice_value=slice_value, table=table
-    )
+    asked = {"slice_id": slice_id, **options}
+
+    def request(of_source: str) -> str:
+        return request_digest(of_source, asked, version=VERSION, tile_cells=tile_cells)
+
+    held = catalog.state.slices.get(slice_id)
+    known = None if held is None else _request_of(catalog, held)
+    if known is not None and isinstance(source, str | Path) and _digest_of(source, request) == known:
+        return None
+    reading = ("layer", "spatial_key", "slice_key", "slice_value", "table")
+    opened = open_source(source, **{name: options.pop(name) for name in reading if name in options})
     prepared = prepare_slice(
         opened,
         slice_id=slice_id,
-        technology=technology,
-        organism=organism,
-        coordinate_unit=coordinate_unit,
-        um_per_unit=um_per_unit,
-        label_key=label_key,
         reference_symbols=_reference_symbols(catalog, reference_symbols),
-        empty_cells=empty_cells,
-        accept_normalized=accept_normalized,
-        gene_map=gene_map,
         tile_cells=tile_cells,
+        **options,
     )
     lineage = _lineage(opened, prepared)
     key = digest(lineage)
-    if slice_id in catalog.state.slices:
-        if catalog.slice(slice_id).objects.get("ingest") == key:
-            return catalog
-        raise InputError(f"slice '{slice_id}' is in {catalog.root} already with other content: choose another id")
-    _publish_slice(catalog, prepared, key=key, lineage=lineage)
-    record = SliceRecord(
+    is_held = held is not None and held.objects.get("ingest") == key
+    if held is not None and not is_held:
+        _check_replaceable(catalog, held, opened.origin["path"], replace=replace)
+    stored = lineage if opened.origin["path"] is None else {**lineage, REQUEST: request(opened.digest)}
+    _publish_slice(catalog, prepared, key=key, lineage=stored)
+    if is_held:  # its object was lost, or is there
+        return None
+    return SliceRecord(
         slice_id=slice_id,
-        technology=technology,
-        organism=organism,
+        technology=str(options["technology"]),
+        organism=str(options["organism"]),
         panel=prepared.panel,
         n_cells=prepared.counts.shape[0],
         n_genes=prepared.counts.shape[1],
         label_columns=prepared.label_columns,
+        # no later stage: what was made of other cells is not this slice's
         objects={"ingest": key},
     )
-    return commit(catalog, Change(slices={slice_id: record}), message=f"ingest {slice_id}")
 
 
-def write_slice(prepared: PreparedSlice, folder: str | Path) -> None:
-    """Write a slice as a SpatialData store: the table `table`, and the elements that its source has beside it.
+def _digest_of(source: str | Path, request: Callable[[str], str]) -> str | None:
+    """Digest of what is asked of a source; None where it cannot be read, which opening it explains."""
+    try:
+        return request(source_digest(Path(source).expanduser()))
+    except (OSError, LlokiAtlasError):
+        return None
 
-    Parameters
-    ----------
-    prepared
-        The slice.
-    folder
-        Where; it may not exist.
-    """
-    from anndata import AnnData
-    from spatialdata import SpatialData
 
-    genes = prepared.genes
-    var = pd.DataFrame(
-        {"symbol": np.array(genes.canonical, dtype=object), "mapping": pd.Categorical(genes.how)},
-        index=pd.Index(genes.source, dtype=object),
-    )
-    uns: dict[str, Any] = {METADATA: json.dumps(prepared.metadata, sort_keys=True, allow_nan=False)}
-    regions = _kept_regions(prepared)
-    if regions:
-        uns[REGION_ATTRIBUTES] = regions
-    table = AnnData(X=prepared.counts, obs=prepared.obs, var=var, obsm={"spatial": prepared.coordinates}, uns=uns)
-    with warnings.catch_warnings():
-        # about regions that are no element, and about names of dask's internals
-        warnings.simplefilter("ignore")
-        elements = _carried_elements(prepared, regions=regions)
-        SpatialData.init_from_elements({**elements, TABLE: table}).write(folder)
+def _request_of(catalog: Catalog, held: SliceRecord) -> str | None:
+    """Digest of what a slice was made for; None for a slice of an earlier release, or of a source in memory."""
+    path = catalog.path("slices", held.objects["ingest"])
+    try:
+        return read_receipt(path).lineage.get(REQUEST) if is_complete(path) else None
+    except (FormatError, NotFoundError):
+        return None
+
+
+def _check_replaceable(catalog: Catalog, held: SliceRecord, path: str | None, *, replace: bool | None) -> None:
+    if replace is None and path is not None:
+        metadata = SliceStore(catalog.path("slices", held.objects["ingest"])).metadata
+        replace = metadata.get("source", {}).get("path") == path
+    if not replace:
+        raise InputError(
+            f"slice '{held.slice_id}' is in {catalog.root} already with other content: choose another id, or say that "
+            "it is a new version of that slice (--replace)"
+        )
 
 
 def _reference_symbols(catalog: Catalog, given: Callable[[], Iterable[str]] | None) -> set[str]:
@@ -201,72 +256,6 @@ def _publish_slice(catalog: Catalog, prepared: PreparedSlice, *, key: str, linea
     if is_complete(final):
         return
     # two writers of one slice stage it apart
-    staging = catalog.path("staging", f"{key}-{uuid.uuid4().hex[:8]}")
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with own_staging(catalog.path("staging", key)) as staging:
         write_slice(prepared, staging)
         publish(staging, final, lineage=lineage)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _kept_regions(prepared: PreparedSlice) -> dict[str, Any]:
-    """Which elements the stored table annotates: of the source's regions those that have a cell in this slice."""
-    columns = prepared.metadata["obs_columns"]
-    keys = {name: columns.get(prepared.regions.get(name, "")) for name in ("region_key", "instance_key")}
-    if None in keys.values():
-        return {}
-    present = list(dict.fromkeys(prepared.obs[keys["region_key"]].astype(str)))
-    return {"region": present if len(present) > 1 else present[0], **keys}
-
-
-def _carried_elements(prepared: PreparedSlice, *, regions: dict[str, Any]) -> dict[str, Any]:
-    """Elements of the source but for tables and regions without a cell, with a transformation to micrometre."""
-    from spatialdata import read_zarr
-    from spatialdata.transformations import get_transformation, set_transformation
-
-    source = prepared.elements
-    if source is None:
-        return {}
-    if isinstance(source, Path):
-        source = read_zarr(source, selection=("points", "shapes", "images", "labels"))
-    kept = [str(name) for name in np.atleast_1d(regions["region"])] if regions else []
-    others = set(prepared.regions.get("region", ())) - set(kept)
-    carried: dict[str, Any] = {}
-    for kind in ("points", "shapes", "images", "labels"):
-        for name, element in getattr(source, kind).items():
-            if name in others:
-                continue
-            clone = element.copy() if kind == "points" else element.copy(deep=False)
-            known = dict(get_transformation(clone, get_all=True))
-            to_micrometer = _to_micrometer(source, element, kept, scale=prepared.metadata["um_per_unit"])
-            if to_micrometer is not None:
-                known[MICROMETER] = to_micrometer
-            set_transformation(clone, known, set_all=True)
-            carried[name] = clone
-    return carried
-
-
-def _to_micrometer(source: Any, element: Any, regions: list[str], *, scale: float) -> Any:
-    """Transformation of an element into the table's coordinates, times micrometres per unit.
-
-    The table's coordinates are those of the shapes that it annotates, or else the source's `global` ones.
-    """
-    from spatialdata.transformations import (
-        Scale,
-        Sequence,
-        get_transformation,
-        get_transformation_between_coordinate_systems,
-    )
-
-    to_unit = Scale([scale, scale], axes=("x", "y"))
-    annotated = next((source[name] for name in regions if name in source), None)
-    if element is annotated:
-        return to_unit
-    try:
-        if annotated is None:
-            return Sequence([get_transformation(element, to_coordinate_system="global"), to_unit])
-        return Sequence([get_transformation_between_coordinate_systems(source, element, annotated), to_unit])
-    except (ValueError, RuntimeError):
-        # nothing says where this element lies with regard to the cells
-        return None

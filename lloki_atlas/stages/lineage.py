@@ -12,8 +12,8 @@ that of the autoencoder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from lloki_atlas.config import AtlasConfig, PropagationConfig, digest, to_dict
 from lloki_atlas.store.catalog import Catalog
@@ -31,7 +31,11 @@ AUTOENCODER = "autoencoder"
 # role of the token of a platform; the platform's name follows
 TOKEN_ROLE = "token:"
 
+# name in a receipt's lineage of what the object's key is the digest of
+MADE_OF = "made_of"
+
 Status = Literal["done", "missing", "stale"]
+Recipe = dict[str, Any]
 
 
 def atlas_config(catalog: Catalog) -> AtlasConfig:
@@ -51,9 +55,7 @@ def token_name(record: SliceRecord, token_by: str) -> str:
 
 def encoder_key(catalog: Catalog, record: SliceRecord) -> str | None:
     """Key of the model that encodes a slice: a token of its own platform, else the autoencoder; None without one."""
-    name = token_name(record, atlas_config(catalog).autoencoder.token_by)
-    models = catalog.state.models
-    return models.get(TOKEN_ROLE + name, models.get(AUTOENCODER))
+    return _encoder_key(catalog.state.models, record, atlas_config(catalog).autoencoder.token_by)
 
 
 def expected_objects(catalog: Catalog, record: SliceRecord) -> dict[str, str]:
@@ -61,32 +63,50 @@ def expected_objects(catalog: Catalog, record: SliceRecord) -> dict[str, str]:
 
     `integrate` is missing while the catalog has no autoencoder.
     """
-    config = atlas_config(catalog)
-    keys = {"ingest": record.objects["ingest"]}
-    keys["tile"] = _key(
-        "tile",
-        slice=keys["ingest"],
-        reference=catalog.state.reference,
-        n_bandwidth_pairs=config.propagation.n_bandwidth_pairs,
-        random_state=config.propagation.random_state,
-    )
-    keys["reference"] = _key(
-        "reference",
-        reference=catalog.state.reference,
-        panel=record.panel,
-        embedder=catalog.state.models.get("embedder"),
-    )
-    keys["propagate"] = _key("propagate", tile=keys["tile"], settings=graph_settings(config.propagation))
-    keys["embed"] = _key(
-        "embed",
-        propagate=keys["propagate"],
-        panel=keys["reference"],
-        settings={name: getattr(config.propagation, name) for name in DIFFUSION_SETTINGS},
-    )
-    model = encoder_key(catalog, record)
-    if model is not None:
-        keys["integrate"] = integrate_key(keys["embed"], model)
-    return keys
+    return expectation(catalog)(record).keys
+
+
+class Expected(NamedTuple):
+    """Key of every stage's output of a slice, and for the stages after ingest what it is made of, by stage."""
+
+    keys: dict[str, str]
+    recipes: dict[str, Recipe]
+
+
+def expectation(catalog: Catalog) -> Callable[[SliceRecord], Expected]:
+    """Return a function of a slice: what the outputs of its stages should be at this version.
+
+    The settings are read once for all slices. The key of an output is the digest of its recipe, which its receipt holds
+    as well: that says later why it is stale.
+    """
+    config, state = atlas_config(catalog), catalog.state
+    of_graph = graph_settings(config.propagation)
+    of_diffusion = {name: getattr(config.propagation, name) for name in DIFFUSION_SETTINGS}
+    of_statistics = {name: getattr(config.propagation, name) for name in ("n_bandwidth_pairs", "random_state")}
+    embedder, token_by = state.models.get("embedder"), config.autoencoder.token_by
+    panels: dict[str, tuple[str, Recipe]] = {}  # many slices share one
+
+    def expected(record: SliceRecord) -> Expected:
+        keys = {"ingest": record.objects["ingest"]}
+        recipes: dict[str, Recipe] = {}
+
+        def add(stage: str, **parts: object) -> None:
+            recipes[stage] = _recipe(stage, **parts)
+            keys[stage] = digest(recipes[stage])
+
+        add("tile", slice=keys["ingest"], reference=state.reference, **of_statistics)
+        if record.panel not in panels:
+            add("reference", reference=state.reference, panel=record.panel, embedder=embedder)
+            panels[record.panel] = keys["reference"], recipes["reference"]
+        keys["reference"], recipes["reference"] = panels[record.panel]
+        add("propagate", tile=keys["tile"], settings=of_graph)
+        add("embed", propagate=keys["propagate"], panel=keys["reference"], settings=of_diffusion)
+        model = _encoder_key(state.models, record, token_by)
+        if model is not None:
+            add("integrate", embed=keys["embed"], model=model)
+        return Expected(keys, recipes)
+
+    return expected
 
 
 def graph_settings(settings: PropagationConfig) -> dict[str, object]:
@@ -96,12 +116,22 @@ def graph_settings(settings: PropagationConfig) -> dict[str, object]:
 
 def integrate_key(embed_key: str, model_key: str) -> str:
     """Key of a slice's 128-d embedding by an autoencoder, or by a token that was adapted to one."""
-    return _key("integrate", embed=embed_key, model=model_key)
+    return digest(integrate_recipe(embed_key, model_key))
+
+
+def integrate_recipe(embed_key: str, model_key: str) -> Recipe:
+    """What a slice's 128-d embedding is made of."""
+    return _recipe("integrate", embed=embed_key, model=model_key)
 
 
 def model_key(config: AtlasConfig, embed_keys: Mapping[str, str], label_key: str | None) -> str:
     """Key of an autoencoder trained on these slices' embeddings."""
-    return _key("train", settings=to_dict(config.autoencoder), embeddings=dict(embed_keys), label_key=label_key)
+    return digest(model_recipe(config, embed_keys, label_key))
+
+
+def model_recipe(config: AtlasConfig, embed_keys: Mapping[str, str], label_key: str | None) -> Recipe:
+    """What an autoencoder is made of: settings, the slices' embeddings, the column of cell types."""
+    return _recipe("train", settings=to_dict(config.autoencoder), embeddings=dict(embed_keys), label_key=label_key)
 
 
 def token_key(model: str, platform: str, embed_keys: Mapping[str, str], atlas: Iterable[str], random_state: int) -> str:
@@ -120,19 +150,25 @@ def token_key(model: str, platform: str, embed_keys: Mapping[str, str], atlas: I
     random_state
         Seed.
     """
-    return _key(
-        "adapt",
-        model=model,
-        platform=platform,
-        embeddings=dict(embed_keys),
-        atlas=sorted(atlas),
-        random_state=random_state,
+    return digest(
+        _recipe(
+            "adapt",
+            model=model,
+            platform=platform,
+            embeddings=dict(embed_keys),
+            atlas=sorted(atlas),
+            random_state=random_state,
+        )
     )
 
 
 def stage_status(catalog: Catalog, record: SliceRecord) -> dict[str, Status]:
     """Say for every stage of a slice whether its output is done, missing, or stale (made of something else)."""
-    expected = expected_objects(catalog, record)
+    return compare_keys(record, expected_objects(catalog, record))
+
+
+def compare_keys(record: SliceRecord, expected: Mapping[str, str]) -> dict[str, Status]:
+    """As `stage_status`, of keys that are known."""
     status: dict[str, Status] = {}
     for stage in STAGES:
         held = record.objects.get(stage)
@@ -143,5 +179,9 @@ def stage_status(catalog: Catalog, record: SliceRecord) -> dict[str, Status]:
     return status
 
 
-def _key(stage: str, **parts: object) -> str:
-    return digest({"stage": stage, "version": VERSIONS[stage], **parts})
+def _encoder_key(models: Mapping[str, str], record: SliceRecord, token_by: str) -> str | None:
+    return models.get(TOKEN_ROLE + token_name(record, token_by), models.get(AUTOENCODER))
+
+
+def _recipe(stage: str, **parts: object) -> Recipe:
+    return {"stage": stage, "version": VERSIONS[stage], **parts}

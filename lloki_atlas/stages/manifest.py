@@ -113,12 +113,18 @@ def read_manifest(path: str | Path) -> Manifest:
         data=data,
         reference=None if reference is None else _table(ReferenceSource, reference, f"{path} [reference]"),
         slices=tuple(
-            _table(SliceSource, entry, f"{path} [[slices]] number {number}")
+            read_entry(entry, where=f"{path} [[slices]] number {number}")
             for number, entry in enumerate(content.get("slices", []), start=1)
         ),
         config=_with_checkpoint(AtlasConfig.from_dict(content.get("settings", {})), data),
         simulation=simulation,
     )
+
+
+def read_entry(values: Any, *, where: str) -> SliceSource:
+    """Check one table of `[[slices]]`; `where` is what to call it in messages."""
+    entry: SliceSource = _table(SliceSource, values, where)
+    return entry
 
 
 def _table(kind: type, values: Any, where: str) -> Any:

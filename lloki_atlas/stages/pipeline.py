@@ -1,4 +1,4 @@
-"""The public verbs over the stages: plan, run, train, status.
+"""The public verbs over the stages: plan, run, train.
 
 A plan holds only what is missing or stale; running it twice does nothing the second time, and running it after a kill
 continues, because every object on disk is found by its content key.
@@ -6,37 +6,42 @@ continues, because every object on disk is found by its content key.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from lloki_atlas.config import to_dict
+from lloki_atlas.config import digest, to_dict
 from lloki_atlas.engine.outputs import Output
-from lloki_atlas.engine.plan import Outcome, Plan, Task, link
+from lloki_atlas.engine.plan import Plan, Task, link
 from lloki_atlas.errors import InputError
 from lloki_atlas.stages import adapt_tasks, embed_tasks, integrate, propagate_tasks, reference, streaming, tile, train
-from lloki_atlas.stages.encoders import Encoders, atlas_slices, choose_encoders, held_tokens
+from lloki_atlas.stages.cost import with_writes
+from lloki_atlas.stages.encoders import Encoders, atlas_slices, choose_encoders
 from lloki_atlas.stages.lineage import (
     AUTOENCODER,
+    MADE_OF,
     STAGES,
-    TOKEN_ROLE,
+    Expected,
+    Recipe,
     atlas_config,
-    encoder_key,
-    expected_objects,
+    expectation,
     integrate_key,
-    stage_status,
+    integrate_recipe,
+    model_recipe,
     token_name,
 )
+from lloki_atlas.stages.outcome import Keys, commit_run
 from lloki_atlas.store.catalog import Catalog, commit
-from lloki_atlas.store.objects import is_complete, read_receipt
+from lloki_atlas.store.leases import writing
+from lloki_atlas.store.objects import is_complete
+from lloki_atlas.store.places import Place
 from lloki_atlas.store.records import STAGE_KINDS, Change, SliceRecord
 
-# of a key, to tell models apart by eye
-SHORT = 8
-
-Keys = dict[str, dict[str, str]]  # slice id → stage → key
+# above so many slices the folders of the objects are listed rather than asked for each of them
+FEW_SLICES = 16
 
 
 def plan(
@@ -91,34 +96,52 @@ def plan(
     names = sorted(catalog.state.slices) if slices is None else sorted(set(slices))
     records = {name: catalog.slice(name) for name in names}
     wanted = STAGES[: STAGES.index(until) + 1]
+    config, expected = atlas_config(catalog), expectation(catalog)
+    made = {name: expected(record) for name, record in records.items()}
+    there = _finished(catalog, len(names))
     encoders = None
     if "integrate" in wanted and records:
-        encoders = choose_encoders(
-            catalog, names, train_on=train_on, label_key=label_key, adapt_on=adapt_on, random_state=adapt_seed
-        )
-    read = (
-        {name: catalog.slice(name) for name in encoders.trained_on if name in catalog.state.slices} if encoders else {}
-    )
-    keys = {name: expected_objects(catalog, record) for name, record in {**read, **records}.items()}
+        choice = {"train_on": train_on, "label_key": label_key, "adapt_on": adapt_on, "random_state": adapt_seed}
+        left = [name for name in names if not all(there(stage, made[name].keys.get(stage)) for stage in wanted)]
+        encoders = _choose_encoders(catalog, names, left, **choice)
+        for name, record in records.items():
+            _encode_with(made[name], encoders.key_of(token_name(record, config.autoencoder.token_by)))
+    read = [] if encoders is None else [name for name in encoders.trained_on if name in catalog.state.slices]
+    read = [name for name in read if name not in made]
+    made |= {name: expected(catalog.slice(name)) for name in read}
+    # what is finished is not looked at again: a slice more costs an atlas of a thousand what it costs one of ten
+    left = [name for name in names if not all(there(stage, made[name].keys[stage]) for stage in wanted)]
+    keys = {name: part.keys for name, part in made.items()}
 
     tasks: dict[str, Task] = {}
-    digest = _embedder_digest(catalog)
-    for name, record in {**read, **records}.items():
+    embedder = _embedder_digest(catalog)
+    for name in [*read, *left]:
+        record = catalog.slice(name)
         encoding = _encoding(catalog, record, keys[name], encoders) if name in records else None
-        for task in _slice_tasks(catalog, record, keys[name], wanted, digest, device_memory_mb, encoding):
+        for task in _slice_tasks(catalog, record, keys[name], wanted, embedder, device_memory_mb, encoding):
             tasks.setdefault(task.name, task)
     if encoders is not None:
         for task in _model_tasks(catalog, encoders, keys):
             tasks[task.name] = task
-        for name, record in records.items():
-            key = encoders.key_of(_token_name(catalog, record))
-            keys[name]["integrate"] = integrate_key(keys[name]["embed"], key)
+        for name in left:
+            key = encoders.key_of(token_name(records[name], config.autoencoder.token_by))
             encoded_by = tuple(task.name for task in tasks.values() if task.slice_id == name and task.also)
-            for task in integrate.plan_stage(catalog, record, keys[name], model_key=key, encoded_by=encoded_by):
+            for task in integrate.plan_stage(catalog, records[name], keys[name], model_key=key, encoded_by=encoded_by):
                 tasks[task.name] = task
     missing = [task for task in tasks.values() if not is_complete(task.output.path)]
-    chosen = {name: {stage: keys[name][stage] for stage in wanted} for name in records}
-    return Plan(link(missing), commit=lambda outcome: _commit(catalog, chosen, encoders, outcome))
+    recipes = _recipes_by_path(catalog, [made[name] for name in (*read, *left)], encoders, keys)
+    told = [_with_recipe(with_writes(catalog, config, task), recipes) for task in missing]
+    unfinished = set(left)
+    chosen = {
+        name: {stage: keys[name][stage] for stage in wanted}
+        for name in names
+        if name in unfinished or any(records[name].objects.get(stage) != keys[name][stage] for stage in wanted)
+    }
+    return Plan(
+        link(told),
+        commit=lambda _: commit_run(catalog, chosen, encoders),
+        lease=lambda: writing(catalog.root, "run"),
+    )
 
 
 def run(
@@ -179,10 +202,10 @@ def train_autoencoder(
     asked = {name: value for name, value in given.items() if value is not None}
     if asked:
         config = atlas_config(catalog)
-        autoencoder = dataclasses.replace(config.autoencoder, **asked)
-        change = Change(config=to_dict(dataclasses.replace(config, autoencoder=autoencoder)))
+        autoencoder = replace(config.autoencoder, **asked)
+        change = Change(config=to_dict(replace(config, autoencoder=autoencoder)))
         # what the run would refuse is refused before the settings become a version
-        plan(dataclasses.replace(catalog, state=catalog.state.apply(change)), train_on=chosen, label_key=label_key)
+        plan(replace(catalog, state=catalog.state.apply(change)), train_on=chosen, label_key=label_key)
         catalog = commit(catalog, change, message="autoencoder " + ", ".join(f"{n} {v}" for n, v in asked.items()))
     return run(
         catalog,
@@ -217,15 +240,78 @@ def _model_tasks(catalog: Catalog, encoders: Encoders, keys: Keys) -> Iterator[T
             )
 
 
-def _token_name(catalog: Catalog, record: SliceRecord) -> str:
-    return token_name(record, atlas_config(catalog).autoencoder.token_by)
+def _choose_encoders(catalog: Catalog, names: list[str], left: list[str], **choice: Any) -> Encoders:
+    """What encodes a run; slices that are finished have a say only where a model is trained anew."""
+    if AUTOENCODER in catalog.state.models and choice["train_on"] is None and choice["adapt_on"] is None:
+        chosen = choose_encoders(catalog, left, **choice)
+        if not chosen.train:
+            return chosen
+    return choose_encoders(catalog, names, **choice)
+
+
+def _encode_with(made: Expected, model: str) -> None:
+    """Let a slice's 128-d embedding be that of a model."""
+    if made.recipes.get("integrate", {}).get("model") != model:
+        made.recipes["integrate"] = integrate_recipe(made.keys["embed"], model)
+        made.keys["integrate"] = digest(made.recipes["integrate"])
+
+
+def _finished(catalog: Catalog, n_slices: int) -> Callable[[str, str | None], bool]:
+    """Return a function of a stage and a key: whether that output is there."""
+    listed: dict[str, set[str]] = {}
+
+    def there(stage: str, key: str | None) -> bool:
+        if key is None:
+            return False
+        kind = STAGE_KINDS[stage]
+        if n_slices <= FEW_SLICES:
+            return is_complete(catalog.path(kind, key))
+        if kind not in listed:
+            listed[kind] = _names_in(catalog.path(kind, key).parent)
+        return f"{key}.zarr" in listed[kind] and f"{key}.zarr.json" in listed[kind]
+
+    return there
+
+
+def _names_in(folder: Place) -> set[str]:
+    if not folder.is_dir():
+        return set()
+    # names alone: a path for each of thousands of objects takes ten times as long
+    return set(os.listdir(folder)) if isinstance(folder, Path) else {entry.name for entry in folder.iterdir()}  # noqa: PTH208
+
+
+def _recipes_by_path(
+    catalog: Catalog, made: list[Expected], encoders: Encoders | None, keys: Keys
+) -> dict[str, Recipe]:
+    """What each object of a run is made of, by where it goes."""
+    recipes = {
+        str(catalog.path(STAGE_KINDS[stage], part.keys[stage])): recipe
+        for part in made
+        for stage, recipe in part.recipes.items()
+    }
+    if encoders is not None and encoders.train:
+        embeddings = {name: keys[name]["embed"] for name in encoders.slices}
+        recipe = model_recipe(atlas_config(catalog), embeddings, encoders.label_key)
+        recipes[str(catalog.path("models", encoders.key))] = recipe
+    return recipes
+
+
+def _with_recipe(task: Task, recipes: Mapping[str, Recipe]) -> Task:
+    """Let receipts say what the objects are made of."""
+
+    def told(output: Output) -> Output:
+        recipe = recipes.get(output.path)
+        return output if recipe is None else replace(output, lineage={**output.lineage, MADE_OF: recipe})
+
+    return replace(task, output=told(task.output), also=tuple(map(told, task.also)))
 
 
 def _encoding(
     catalog: Catalog, record: SliceRecord, keys: dict[str, str], encoders: Encoders | None
 ) -> tuple[dict[str, str], Output] | None:
     """How the tasks that embed a slice encode it as well: with a model that is there, from a device."""
-    config, name = atlas_config(catalog), _token_name(catalog, record)
+    config = atlas_config(catalog)
+    name = token_name(record, config.autoencoder.token_by)
     if encoders is None or not encoders.is_ready(name) or config.propagation.diffuse != "counts":
         return None
     if not streaming.uses_device(config.embedder):
@@ -266,88 +352,3 @@ def _slice_tasks(
 def _embedder_digest(catalog: Catalog) -> str:
     path = catalog.path("models", catalog.state.models["embedder"]) / "embedder.json"
     return str(json.loads(path.read_bytes())["digest"])
-
-
-def _commit(catalog: Catalog, chosen: Keys, encoders: Encoders | None, outcome: Outcome) -> Catalog:
-    """Record every object that is on disk now; nothing new, no new version."""
-    slices = {}
-    for name, keys in chosen.items():
-        record = catalog.slice(name)
-        held = {stage: key for stage, key in keys.items() if is_complete(catalog.path(STAGE_KINDS[stage], key))}
-        for stage in ("propagate", "embed", "integrate"):
-            if stage in held:
-                clean_up(catalog, held[stage])
-        if {**record.objects, **held} != dict(record.objects):
-            slices[name] = dataclasses.replace(record, objects={**record.objects, **held})
-    models = _changed_models(catalog, encoders) if encoders is not None else {}
-    if not slices and not models:
-        return catalog
-    return commit(catalog, Change(slices=slices, models=models), message=f"run: {len(slices)} slices")
-
-
-def _changed_models(catalog: Catalog, encoders: Encoders) -> dict[str, str | None]:
-    """The models that a run leaves: a token goes with the autoencoder that it belongs to."""
-    if not is_complete(catalog.path("models", encoders.key)):
-        return {}
-    clean_up(catalog, encoders.key)
-    models: dict[str, str | None] = {AUTOENCODER: encoders.key}
-    if catalog.state.models.get(AUTOENCODER) != encoders.key:
-        models |= {TOKEN_ROLE + name: None for name in held_tokens(catalog)}
-    for name, token in encoders.tokens.items():
-        if is_complete(catalog.path("models", token.key)):
-            models[TOKEN_ROLE + name] = token.key
-    if all(catalog.state.models.get(role) == key for role, key in models.items()):
-        return {}
-    # the autoencoder is named even where it stays: whoever replaces it meanwhile is in conflict with its new tokens
-    return {role: key for role, key in models.items() if role == AUTOENCODER or catalog.state.models.get(role) != key}
-
-
-def clean_up(catalog: Catalog, key: str) -> None:
-    """Remove what the steps towards a finished object handed on to each other in the staging area."""
-    staging = catalog.path("staging", key)
-    for left in staging.parent.glob(f"{staging.name}.*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
-
-
-def status(catalog: Catalog) -> dict[str, Any]:
-    """Say what the catalog holds: version, cells, models, and for each slice the state of every stage.
-
-    `autoencoder` and `token` of a slice are the first 8 characters of the keys of the models that its 128-d embedding
-    was made with; `token` is None where the autoencoder knows the platform itself.
-    """
-    records = [catalog.state.slices[name] for name in sorted(catalog.state.slices)]
-    return {
-        "version": catalog.version,
-        "n_cells": sum(record.n_cells for record in records),
-        "autoencoder": catalog.state.models.get(AUTOENCODER),
-        "tokens": held_tokens(catalog),
-        "slices": [
-            {
-                "slice_id": record.slice_id,
-                "technology": record.technology,
-                "organism": record.organism,
-                "n_cells": record.n_cells,
-                "n_genes": record.n_genes,
-                "stages": stage_status(catalog, record),
-                **_encoded_by(catalog, record),
-            }
-            for record in records
-        ],
-    }
-
-
-def _encoded_by(catalog: Catalog, record: SliceRecord) -> dict[str, str | None]:
-    held = record.objects.get("integrate")
-    if held is None:
-        return {"autoencoder": None, "token": None}
-    if held == expected_objects(catalog, record).get("integrate"):
-        key = encoder_key(catalog, record)
-    else:  # of an earlier model
-        key = read_receipt(catalog.path("embeddings", held)).lineage.get("model")
-    if key is None:
-        return {"autoencoder": None, "token": None}
-    base = adapt_tasks.autoencoder_of(catalog, key)
-    return {"autoencoder": base[:SHORT], "token": None if base == key else key[:SHORT]}

@@ -18,7 +18,6 @@ from lloki_atlas.stages import checks
 from lloki_atlas.stages.columns import storable_obs
 from lloki_atlas.stages.genes import GeneMap, check_organism, map_symbols
 from lloki_atlas.stages.sources import SourceTable
-from lloki_atlas.stages.units import coordinate_scale
 
 SOURCE_ROW = "source_row"
 
@@ -94,7 +93,7 @@ def prepare_slice(
     organism
         `mouse` or `human`.
     coordinate_unit, um_per_unit
-        Unit of the source's coordinates; `pixel` needs micrometres per pixel.
+        Unit of the source's coordinates; `pixel` needs micrometres per pixel, but for a CosMx folder.
     reference_symbols
         Canonical symbols of the catalog's reference.
     label_key
@@ -117,7 +116,7 @@ def prepare_slice(
     labels = [label_key] if isinstance(label_key, str) else list(label_key or ())
     checks.check_identity(slice_id, technology=technology)
     check_organism(organism)
-    unit, scale = coordinate_scale(coordinate_unit, um_per_unit=um_per_unit)
+    unit, scale = source.scale(coordinate_unit, um_per_unit=um_per_unit)
     checks.check_not_empty(source.counts, where=where)
     checks.check_columns(labels, columns=source.obs.columns, where=where)
     checks.check_unique(cells, what="cell names", where=where, mend="make them unique with obs_names_make_unique()")

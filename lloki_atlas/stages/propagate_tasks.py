@@ -43,6 +43,7 @@ from lloki_atlas.stages.spaces import neighbor_rows
 from lloki_atlas.store.arrays import ArraySpec, create_arrays, read_arrays, read_rows, write_arrays, write_rows
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.objects import is_complete
+from lloki_atlas.store.places import place
 from lloki_atlas.store.records import SliceRecord
 from lloki_atlas.store.scratch import ScratchBlocks, scratch_folder
 from lloki_atlas.store.slices import SliceStore
@@ -226,7 +227,7 @@ def _rows_of(inputs: dict[str, str], config: PropagationConfig, rows: str) -> An
     if not rows:
         panel, _, _ = _slice(inputs, config, in_memory=False)
         return neighbor_rows(panel, config)
-    if not (Path(rows) / "rows").is_dir():
+    if not (place(rows) / "rows").is_dir():
         if not is_complete(rows):
             raise NotFoundError(f"{rows} is not there: run the slice again")
         return None

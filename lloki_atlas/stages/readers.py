@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-import pandas as pd
 
 from lloki_atlas.errors import InputError, LlokiAtlasError
+from lloki_atlas.stages.parts import Parts
+from lloki_atlas.stages.source_files import check_hdf5, check_zarr, checked_path, plain_files, unreadable
+from lloki_atlas.stages.vendors import find_vendor, nested_vendors, vendor_parts
 
 REGION_ATTRIBUTES = "spatialdata_attrs"
 
-
-@dataclass
-class Parts:
-    """What an open source has, not yet read but for `obs`; `read` turns an item of `obsm` into an array."""
-
-    obs: pd.DataFrame
-    var_names: pd.Index
-    X: Any
-    layers: Mapping[str, Any]
-    obsm: Mapping[str, Any]
-    description: str
-    origin: dict[str, Any]
-    read: Callable[[Any], Any] = lambda item: item
-    elements: Any = None
-    regions: dict[str, Any] = field(default_factory=dict)
+# what the operating system says about a file that is well: it may not be read, the disk fails, too many are open
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
 
 
 @contextmanager
 def opened_parts(source: Any, *, table: str | None) -> Iterator[Parts]:
     """Open a source; a file that cannot be read is an InputError, whatever a library raised at it."""
     if isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise InputError(f"{path} does not exist: give the path of an h5ad file or of a SpatialData store")
-        try:
-            with _zarr_parts(path, table) if path.is_dir() else _h5ad_parts(path, table) as parts:
+        path = checked_path(source)
+        with readable(path), warnings.catch_warnings():
+            # what libraries remark on a source is said by the checks, once and for all
+            warnings.simplefilter("ignore")
+            with _file_parts(path, table) as parts:
                 yield parts
-        except LlokiAtlasError:
-            raise
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            # libraries raise anything at a file that is cut short or of another kind
-            raise InputError(
-                f"{path} cannot be read, it is cut short or no {'SpatialData store' if path.is_dir() else 'h5ad file'}"
-                f": copy or export it again ({type(error).__name__}: {_line(error)})"
-            ) from error
     elif hasattr(source, "tables") and hasattr(source, "shapes"):
         yield _spatial_parts(source, table)
     elif hasattr(source, "obsm") and hasattr(source, "var_names"):
@@ -64,11 +45,63 @@ def opened_parts(source: Any, *, table: str | None) -> Iterator[Parts]:
 
 
 @contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn whatever a library raises while a source is read into an InputError that names the source.
+
+    Parameters
+    ----------
+    path
+        The source.
+
+    Raises
+    ------
+    InputError
+        In place of every error that is not one of ours.
+    """
+    try:
+        yield
+    except LlokiAtlasError:
+        raise
+    except MemoryError as error:
+        raise InputError(
+            f"{path} needs more memory than there is: read it where there is more, or export it again ({_line(error)})"
+        ) from error
+    except OSError as error:
+        if error.errno in _REFUSALS:
+            raise unreadable(path, error) from error
+        raise _damaged(path, error) from error
+    except Exception as error:
+        # libraries raise anything at a file that is cut short or of another kind
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    kind = "no store or folder of a vendor" if path.is_dir() else "no h5ad file"
+    return InputError(
+        f"{path} cannot be read, it is cut short or {kind}: copy or export it again "
+        f"({type(error).__name__}: {_line(error)})"
+    )
+
+
+def _file_parts(path: Path, table: str | None) -> AbstractContextManager[Parts]:
+    if not path.is_dir():
+        return _h5ad_parts(path, table)
+    vendor = None if (path / "tables").is_dir() else find_vendor(path)
+    if vendor is None:
+        return _zarr_parts(path, table)
+    _no_table(table)
+    return nullcontext(vendor_parts(path, vendor))
+
+
+@contextmanager
 def _h5ad_parts(path: Path, table: str | None) -> Iterator[Parts]:
     from anndata.io import read_elem
 
     _no_table(table)
     with h5py.File(path, "r") as file:
+        check_hdf5(file, path=path)
+        if "obs" not in file and isinstance(file.get("matrix"), h5py.Group):
+            raise InputError(f"{path} is a matrix of 10x without positions: give the output folder that it is from")
         if "obs" not in file or "var" not in file:
             raise InputError(f"{path} is HDF5 but has no obs and var: export it as h5ad with AnnData.write_h5ad")
         yield Parts(
@@ -90,12 +123,14 @@ def _zarr_parts(path: Path, table: str | None) -> Iterator[Parts]:
     folder = path / "tables"
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     if not names:
-        raise InputError(f"{path} has no table: give a SpatialData store with a table of cells, or an h5ad file")
+        raise InputError(
+            f"{path} has no table: give a SpatialData store with a table of cells, an h5ad file, or an output folder "
+            f"of Xenium, MERSCOPE or CosMx{nested_vendors(path)}"
+        )
     name = _table_name(names, table, where=path.name)
-    with warnings.catch_warnings():
-        # tables that spatialdata writes are not consolidated one by one
-        warnings.simplefilter("ignore")
-        lazy = read_lazy(str(folder / name))
+    plain_files(path)
+    check_zarr(folder / name, plain_files(folder / name))
+    lazy = read_lazy(str(folder / name))
     parts = _parts(lazy, kind="SpatialData", path=str(path.absolute()), description=f"table '{name}' of {path.name}")
     parts.obs, parts.elements, parts.origin["table"] = lazy.obs.to_memory(), path, name
     yield parts
@@ -131,7 +166,10 @@ def _region_attributes(uns: Mapping[str, Any]) -> dict[str, Any]:
     regions = found["region"]
     regions = regions.compute(scheduler="synchronous") if hasattr(regions, "compute") else regions
     names = [str(name) for name in np.atleast_1d(np.asarray(regions))]
-    return {"region": names, **{key: str(np.asarray(found[key])) for key in ("region_key", "instance_key")}}
+    keys = {key: np.asarray(found[key]) for key in ("region_key", "instance_key")}
+    if any(value.ndim for value in keys.values()):
+        raise InputError(f"the table's {REGION_ATTRIBUTES} do not name columns: write the SpatialData again")
+    return {"region": names, **{key: str(value) for key, value in keys.items()}}
 
 
 def _table_name(names: list[str], table: str | None, *, where: str) -> str:

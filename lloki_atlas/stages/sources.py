@@ -1,4 +1,4 @@
-"""Reading a source: h5ad file, AnnData in memory, SpatialData store or object; always into the same plain table.
+"""Reading a source: h5ad, AnnData, SpatialData or a vendor's output folder; always into the same plain table.
 
 Coordinates stay in the source's unit here, and nothing is judged but whether the parts that were asked for exist.
 """
@@ -19,8 +19,10 @@ from lloki_atlas.config import digest
 from lloki_atlas.errors import FormatError, InputError
 from lloki_atlas.stages.checks import check_counts
 from lloki_atlas.stages.elements import elements_digest, region_centroids
-from lloki_atlas.stages.matrices import read_counts
-from lloki_atlas.stages.readers import Parts, opened_parts
+from lloki_atlas.stages.matrices import check_numbers, read_counts
+from lloki_atlas.stages.parts import Parts
+from lloki_atlas.stages.readers import opened_parts
+from lloki_atlas.stages.units import coordinate_scale
 from lloki_atlas.store.objects import file_digests
 
 
@@ -50,6 +52,8 @@ class SourceTable:
         Path or object that holds the other elements of a SpatialData source; None for other sources.
     regions
         `region`, `region_key` and `instance_key` of a SpatialData table that annotates shapes or labels.
+    unit
+        What the coordinates are in, where the source says it, and the usual micrometres per unit.
     """
 
     counts: csr_matrix
@@ -62,6 +66,7 @@ class SourceTable:
     digest: str
     elements: Any = None
     regions: Mapping[str, Any] = field(default_factory=dict)
+    unit: tuple[str, float] | None = None
 
     def __post_init__(self) -> None:
         n_cells, n_genes = self.counts.shape
@@ -80,6 +85,33 @@ class SourceTable:
         """Refuse a table whose values cannot be counts."""
         check_counts(self.counts, where=self.description, accept_normalized=accept_normalized)
 
+    def scale(self, coordinate_unit: str, *, um_per_unit: float | None = None) -> tuple[str, float]:
+        """Resolve the unit of the coordinates; a source that says its own is not read in another one.
+
+        Parameters
+        ----------
+        coordinate_unit, um_per_unit
+            As for `coordinate_scale`; the micrometres per pixel may be left out where the source has usual ones.
+
+        Returns
+        -------
+        The unit's full name, and micrometres per unit.
+
+        Raises
+        ------
+        InputError
+            If the unit cannot be used, or the source is in another one.
+        """
+        if self.unit is None:
+            return coordinate_scale(coordinate_unit, um_per_unit=um_per_unit)
+        own, usual = self.unit
+        if um_per_unit is None and own == "pixel" and str(coordinate_unit).strip().lower() in ("pixel", "pixels", "px"):
+            um_per_unit = usual
+        unit, factor = coordinate_scale(coordinate_unit, um_per_unit=um_per_unit)
+        if unit != own:
+            raise InputError(f"the positions of {self.description} are in {own}, not in {unit}: say {own}")
+        return unit, factor
+
 
 def open_source(
     source: Any,
@@ -95,7 +127,8 @@ def open_source(
     Parameters
     ----------
     source
-        Path of an h5ad file or of a SpatialData store, an AnnData, or a SpatialData.
+        Path of an h5ad file, of a SpatialData store or of an output folder of Xenium, MERSCOPE or CosMx; an AnnData,
+        or a SpatialData.
     layer
         Layer that holds the counts; `X` when None.
     spatial_key
@@ -115,7 +148,7 @@ def open_source(
         raise InputError("slice_key and slice_value go together: give both, or neither")
     with opened_parts(source, table=table) as parts:
         rows = _section_rows(parts, slice_key, slice_value)
-        counts = read_counts(_matrix(parts, layer), rows)
+        counts = read_counts(_matrix(parts, layer), rows, where=parts.description)
         obs = parts.obs if rows is None else parts.obs.iloc[rows]
         obs = obs.set_axis(pd.Index(obs.index.astype(str), dtype=object, name=None))
         coordinates = None if spatial_key is None else _coordinates(parts, spatial_key, obs, rows)
@@ -136,8 +169,9 @@ def open_source(
             digest="",
             elements=parts.elements,
             regions=parts.regions,
+            unit=parts.unit,
         )
-        object.__setattr__(opened, "digest", _source_digest(opened))
+        object.__setattr__(opened, "digest", _source_digest(opened, parts.files))
     return opened
 
 
@@ -175,10 +209,23 @@ def _matrix(parts: Parts, layer: str | None) -> Any:
         known = ", ".join(sorted(parts.layers)) or "none"
         raise InputError(f"{parts.description} has no X: pass the layer that holds the counts ({known})")
     matrix = parts.X if layer is None else parts.layers[layer]
-    dtype = getattr(matrix, "dtype", None)
-    if dtype is not None and np.dtype(dtype).kind not in "biuf":
-        raise InputError(f"the counts of {parts.description} are of type {dtype}: give numbers")
+    check_numbers(getattr(matrix, "dtype", None), where=parts.description)
+    shape, expected = _shape(matrix), (len(parts.obs), len(parts.var_names))
+    if shape is not None and shape != expected:
+        raise InputError(
+            f"the counts of {parts.description} are {shape[0]} × {shape[1]} for {expected[0]} cells and {expected[1]} "
+            "genes: copy or export it again"
+        )
     return matrix
+
+
+def _shape(matrix: Any) -> tuple[int, ...] | None:
+    """Rows and columns of a matrix in memory or on disk; None where it says neither."""
+    shape = getattr(matrix, "shape", None)
+    if shape is None and hasattr(matrix, "attrs"):
+        shape = matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+    shape = None if shape is None else tuple(int(length) for length in shape)
+    return shape if shape is None or len(shape) == 2 else (*shape, 1, 1)[:2]
 
 
 def _coordinates(parts: Parts, spatial_key: str, obs: pd.DataFrame, rows: np.ndarray | None) -> np.ndarray:
@@ -212,15 +259,21 @@ def _plane(values: np.ndarray, *, where: str) -> np.ndarray:
     return plane
 
 
-def _source_digest(opened: SourceTable) -> str:
+def _source_digest(opened: SourceTable, files: Mapping[str, Path]) -> str:
     path = opened.origin["path"]
     if path is None:
         return _content_digest(opened)
+    if files:
+        return digest({name: _file_digest(file) for name, file in sorted(files.items())})
     if Path(path).is_dir():
         try:
             return digest(file_digests(path))
         except FormatError as error:
             raise InputError(f"{path} cannot be read whole: copy it without links ({error})") from error
+    return _file_digest(Path(path))
+
+
+def _file_digest(path: Path) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

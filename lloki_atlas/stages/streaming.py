@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -21,6 +22,8 @@ from lloki_atlas.config import EmbedderConfig
 from lloki_atlas.engine.devices import host_threads
 from lloki_atlas.engine.overlap import ahead
 from lloki_atlas.models.embedders import Embedder, embedder_factory
+from lloki_atlas.store.local import local_folder
+from lloki_atlas.store.places import place
 
 if TYPE_CHECKING:
     from lloki_atlas.models.encoder import FrozenEncoder
@@ -123,9 +126,21 @@ def frozen_encoder(model_path: str) -> FrozenEncoder:
     """
     from lloki_atlas.models.autoencoder_files import weight_files
 
+    folder = local_model(model_path)
     # size and time of the files: a checkpoint that was restored under a running worker is read again
-    found = [file.stat() if file.exists() else None for file in weight_files(model_path)]
-    return _encoder(model_path, tuple((stat.st_size, stat.st_mtime_ns) if stat else (0, 0) for stat in found))
+    found = [file.stat() if file.exists() else None for file in weight_files(folder)]
+    return _encoder(str(folder), tuple((stat.st_size, stat.st_mtime_ns) if stat else (0, 0) for stat in found))
+
+
+def local_model(model_path: str) -> Path:
+    """Return a checkpoint as a local folder; that of a token has the autoencoder beside it."""
+    from lloki_atlas.models.autoencoder_files import base_of
+
+    folder = local_folder(model_path)
+    base = base_of(folder)
+    if base is not None:
+        local_folder(place(model_path).parent / base)
+    return folder
 
 
 # slices of several platforms take turns in a worker; an encoder is a few megabytes

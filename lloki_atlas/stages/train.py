@@ -10,7 +10,7 @@ from typing import Any
 from lloki_atlas.config import AutoencoderConfig, digest, to_dict
 from lloki_atlas.engine.outputs import Output
 from lloki_atlas.engine.plan import Task
-from lloki_atlas.errors import InputError
+from lloki_atlas.errors import InputError, NotFoundError
 from lloki_atlas.stages.lineage import atlas_config, platform_name, token_name
 from lloki_atlas.stages.train_cells import StoredCells, most_cells
 from lloki_atlas.stages.train_labels import NO_LABEL, Codes, label_codes
@@ -19,6 +19,8 @@ from lloki_atlas.stages.train_report import EpochReport, loss_curves
 from lloki_atlas.stages.train_search import Trained, search
 from lloki_atlas.store.catalog import Catalog
 from lloki_atlas.store.durable import write_durable
+from lloki_atlas.store.local import local_file
+from lloki_atlas.store.places import place
 from lloki_atlas.store.records import SliceRecord
 from lloki_atlas.store.slices import SliceStore
 
@@ -89,10 +91,10 @@ def train(
             source,
             candidate,
             key=digest(key),
-            state=None if state is None else Path(state + suffix),
+            state=None if state is None else local_file(state + suffix),
             write=write_durable,
             n_threads=n_threads,
-            progress=EpochReport(None if state is None else Path(f"{state}.progress")),
+            progress=EpochReport(None if state is None else place(f"{state}.progress")),
         )
 
     lineage: dict[str, Any] = {"slices": slices, "label_key": label_key, "n_cells": sum(source.sizes)}
@@ -107,9 +109,21 @@ def train(
 
 
 def checkpoint_description(catalog: Catalog, key: str) -> dict[str, Any]:
-    """Return the JSON beside a checkpoint's weights: settings, platforms, loss history, lineage."""
-    with open(Path(catalog.path("models", key)) / "autoencoder.json", "rb") as handle:
-        return json.load(handle)
+    """Return the JSON beside a checkpoint's weights: settings, platforms, loss history, lineage.
+
+    Raises
+    ------
+    NotFoundError
+        If it is gone.
+    """
+    path = catalog.path("models", key) / "autoencoder.json"
+    try:
+        description: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"the autoencoder {path} is gone: restore it from a copy, or train anew with `lloki-atlas train`"
+        ) from None
+    return description
 
 
 def plan_training(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from lloki_atlas.config import canonical_json
 from lloki_atlas.store.durable import write_durable
+from lloki_atlas.store.places import Place
 
 TERMS = ("total", "reconstruction", "triplet", "conservation")
 PANEL = (320, 200)
@@ -27,7 +27,7 @@ class EpochReport:
         The file: `epoch`, `n_epochs`, `seconds` since the start or the resumption, `losses`. None writes none.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Place | None) -> None:
         self._path = path
         self._started = time.monotonic()
 

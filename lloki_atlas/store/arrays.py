@@ -1,4 +1,4 @@
-"""Named arrays in a Zarr v3 group on the local disk, cut into chunks along rows, readable with xarray.
+"""Named arrays in a Zarr v3 group, in a folder or in a bucket, cut into chunks along rows, readable with xarray.
 
 A chunk is whole rows and belongs to one writer, so tasks may write their rows of one array at the same time.
 Text is stored as variable-length strings and read back as object arrays of `str`.
@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
+from json import JSONDecodeError
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.errors import ContainsArrayError, ContainsGroupError
-from zarr.storage import LocalStore
 
-from lloki_atlas.errors import FormatError, InputError, NotFoundError
-from lloki_atlas.store.chunks import damaged, is_plain, read_plain, read_plain_pieces, write_chunks
+from lloki_atlas.errors import FormatError, InputError
+from lloki_atlas.store.buckets import storage_errors
+from lloki_atlas.store.chunks import damaged, is_plain, read_plain, read_plain_pieces, write_chunks, zarr_store
+from lloki_atlas.store.objects import require_whole
+from lloki_atlas.store.opening import member, open_array, open_group
+from lloki_atlas.store.places import Place, place
 
 _CHUNK_BYTES = 4 * 2**20
 
@@ -71,7 +74,7 @@ class ArraySpec:
 
 
 def create_arrays(
-    path: str | Path, specs: Mapping[str, ArraySpec], *, attributes: Mapping[str, Any] | None = None
+    path: str | Place, specs: Mapping[str, ArraySpec], *, attributes: Mapping[str, Any] | None = None
 ) -> None:
     """Make a group with empty arrays; what is there already in the same form is left as it is.
 
@@ -91,7 +94,7 @@ def create_arrays(
     FormatError
         If an array of the same name but another form exists.
     """
-    group = _make_group(Path(path), attributes)
+    group = _make_group(place(path), attributes)
     for name, spec in specs.items():
         _make_array(group, name, spec)
 
@@ -103,7 +106,7 @@ class Rows:
     Made by `open_rows`; `read` and `write` are `read_rows` and `write_rows` of this array.
     """
 
-    path: str | Path
+    path: str | Place
     name: str
     array: zarr.Array
 
@@ -112,7 +115,10 @@ class Rows:
         array = self.array
         if not 0 <= start <= stop <= array.shape[0]:
             raise InputError(f"{self._where} has {array.shape[0]} rows: rows {start} to {stop} lie outside")
-        return read_plain(array, start, stop) if is_plain(array) else read_values(array, slice(start, stop))
+        if is_plain(array):
+            return read_plain(array, self._folder, start, stop)
+        require_whole(self.path)
+        return read_values(array, slice(start, stop))
 
     def write(self, start: int, values: np.ndarray) -> dict[str, list[Any]]:
         """Write whole chunks and return the digests of their files."""
@@ -132,14 +138,20 @@ class Rows:
             values = values.astype(object)
         elif not np.can_cast(values.dtype, array.dtype, casting="same_kind"):
             raise InputError(f"{where} holds {array.dtype}: values of {values.dtype} would lose their meaning")
-        return {f"{self.name}/{file}": entry for file, entry in write_chunks(array, start, values).items()}
+        return {
+            f"{self.name}/{file}": entry for file, entry in write_chunks(array, self._folder, start, values).items()
+        }
+
+    @property
+    def _folder(self) -> Place:
+        return place(self.path) / self.name
 
     @property
     def _where(self) -> str:
         return f"array '{self.name}' of {self.path}"
 
 
-def open_rows(path: str | Path, name: str, *, mode: str = "r") -> Rows:
+def open_rows(path: str | Place, name: str, *, mode: str = "r") -> Rows:
     """Open an array to read ("r") or write ("r+") many ranges of its rows.
 
     Raises
@@ -147,10 +159,10 @@ def open_rows(path: str | Path, name: str, *, mode: str = "r") -> Rows:
     NotFoundError
         If the group or an array of that name does not exist.
     """
-    return Rows(path, name, _open_array(path, name, mode=mode))
+    return Rows(path, name, open_array(path, name, mode=mode))
 
 
-def write_rows(path: str | Path, name: str, start: int, values: np.ndarray) -> dict[str, list[Any]]:
+def write_rows(path: str | Place, name: str, start: int, values: np.ndarray) -> dict[str, list[Any]]:
     """Write whole chunks of an array onto the disk; writing them again is harmless.
 
     Parameters
@@ -178,7 +190,7 @@ def write_rows(path: str | Path, name: str, start: int, values: np.ndarray) -> d
 
 
 def write_arrays(
-    path: str | Path,
+    path: str | Place,
     arrays: Mapping[str, np.ndarray],
     *,
     dims: Mapping[str, tuple[str, ...]] | None = None,
@@ -212,7 +224,7 @@ def write_arrays(
         write_rows(path, name, 0, values)
 
 
-def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+def read_arrays(path: str | Place, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """Read whole arrays, all of the group's or those named.
 
     Raises
@@ -221,11 +233,12 @@ def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[st
         If the group or an array of that name does not exist.
     """
     if names is None:
-        names = sorted(_open_group(path).array_keys())
-    return {name: read_values(_open_array(path, name), slice(None)) for name in names}
+        names = sorted(open_group(path).array_keys())
+    require_whole(path)
+    return {name: read_values(open_array(path, name), slice(None)) for name in names}
 
 
-def read_rows(path: str | Path, name: str, start: int, stop: int) -> np.ndarray:
+def read_rows(path: str | Place, name: str, start: int, stop: int) -> np.ndarray:
     """Read rows `start` to `stop` of one array; only their chunks are touched.
 
     Raises
@@ -236,7 +249,7 @@ def read_rows(path: str | Path, name: str, start: int, stop: int) -> np.ndarray:
     return open_rows(path, name).read(start, stop)
 
 
-def read_row_blocks(path: str | Path, name: str, blocks: Sequence[tuple[int, int]]) -> np.ndarray:
+def read_row_blocks(path: str | Place, name: str, blocks: Sequence[tuple[int, int]]) -> np.ndarray:
     """Read several short ranges of rows of one array, one below the other in the order given.
 
     Of chunks that are stored plain, as vectors of floats are, only the bytes of these rows are read; of others each
@@ -258,7 +271,7 @@ def read_row_blocks(path: str | Path, name: str, blocks: Sequence[tuple[int, int
     FormatError
         If a chunk is cut short.
     """
-    array = _open_array(path, name)
+    array = open_array(path, name)
     n_rows, chunk_rows = array.shape[0], array.chunks[0]
     pieces: list[tuple[int, int]] = []  # of one chunk each
     for start, stop in blocks:
@@ -270,15 +283,16 @@ def read_row_blocks(path: str | Path, name: str, blocks: Sequence[tuple[int, int
     ends = np.cumsum([stop - start for start, stop in pieces])
     places = [values[end - (stop - start) : end] for end, (start, stop) in zip(ends, pieces, strict=True)]
     if is_plain(array):
-        read_plain_pieces(array, pieces, places)
+        read_plain_pieces(array, place(path) / name, pieces, places)
     else:
+        require_whole(path)
         _read_decoded(array, pieces, places)
     return values
 
 
-def read_attributes(path: str | Path) -> dict[str, Any]:
+def read_attributes(path: str | Place) -> dict[str, Any]:
     """Read the attributes of a group."""
-    return dict(_open_group(path).attrs)
+    return dict(open_group(path).attrs)
 
 
 def read_values(array: zarr.Array, selection: Any) -> np.ndarray:
@@ -290,7 +304,8 @@ def read_values(array: zarr.Array, selection: Any) -> np.ndarray:
         If the stored bytes cannot be decoded.
     """
     try:
-        values = np.asarray(array[selection])
+        with storage_errors(array.store_path):
+            values = np.asarray(array[selection])
     except (ValueError, RuntimeError, UnicodeDecodeError) as error:
         raise damaged(array) from error
     return values.astype(object) if _is_text(values.dtype) else values
@@ -298,50 +313,25 @@ def read_values(array: zarr.Array, selection: Any) -> np.ndarray:
 
 def _read_decoded(array: zarr.Array, pieces: Sequence[tuple[int, int]], places: Sequence[np.ndarray]) -> None:
     chunk_rows, held, rows = array.chunks[0], -1, np.empty(0)
-    for (start, stop), place in zip(pieces, places, strict=True):
+    for (start, stop), rows_of_piece in zip(pieces, places, strict=True):
         first = start // chunk_rows * chunk_rows
         if first != held:
             held, rows = first, read_values(array, slice(first, first + chunk_rows))
-        place[...] = rows[start - first : stop - first]
+        rows_of_piece[...] = rows[start - first : stop - first]
 
 
 def _is_text(dtype: np.dtype) -> bool:
     return dtype.kind in "UOT"
 
 
-def _open_group(path: str | Path, mode: Any = "r") -> zarr.Group:
-    if not (Path(path) / "zarr.json").is_file():
-        raise NotFoundError(f"there are no arrays at {path}: run the stage that writes them")
-    try:
-        # consolidated metadata may be older than the arrays
-        return zarr.open_group(LocalStore(Path(path)), mode=mode, zarr_format=3, use_consolidated=False)
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise FormatError(f"{path} is not a readable Zarr v3 group: restore it or run its stage again") from error
-
-
-def _open_array(path: str | Path, name: str, mode: Any = "r") -> zarr.Array:
-    if (Path(path) / "zarr.json").is_file():
-        try:
-            return zarr.open_array(LocalStore(Path(path)), path=name, mode=mode, zarr_format=3)
-        except (ValueError, KeyError, TypeError, FileNotFoundError):
-            pass  # by way of the group takes three times as long, and says what is the matter
-    group = _open_group(path, mode)
-    if name not in group:
-        known = ", ".join(sorted(group.array_keys())) or "none"
-        raise NotFoundError(f"there is no array '{name}' in {path}: its arrays are {known}")
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise FormatError(f"'{name}' in {path} is a group where an array is expected")
-    return array
-
-
-def _make_group(path: Path, attributes: Mapping[str, Any] | None) -> zarr.Group:
+def _make_group(path: Place, attributes: Mapping[str, Any] | None) -> zarr.Group:
     if not (path / "zarr.json").exists():
         try:
-            return zarr.create_group(LocalStore(path), zarr_format=3, attributes=dict(attributes or {}))
+            with storage_errors(path):
+                return zarr.create_group(zarr_store(path), zarr_format=3, attributes=dict(attributes or {}))
         except ContainsGroupError:  # another task was first
             pass
-    group = _open_group(path, "r+")
+    group = open_group(path, "r+")
     if attributes is not None and dict(group.attrs) != dict(attributes):
         return group.update_attributes(dict(attributes))
     return group
@@ -362,12 +352,13 @@ def _make_array(group: zarr.Group, name: str, spec: ArraySpec) -> None:
             attributes=dict(spec.attributes),
             **compression,
         )
-    except ContainsArrayError:
-        _compare(group, name, spec)
+    except (ContainsArrayError, JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        _compare(group, name, spec)  # or what is there cannot be read, and it says so
 
 
 def _compare(group: zarr.Group, name: str, spec: ArraySpec) -> None:
-    array = group[name]
+    if not isinstance(array := member(group, name), zarr.Array):
+        raise FormatError(f"'{name}' in {group.store_path} is no readable array: remove the folder and run again")
     same_dtype = _is_text(array.dtype) if spec.is_text else array.dtype == np.dtype(spec.dtype)
     same_form = (array.shape, array.chunks, array.metadata.dimension_names) == (spec.shape, spec.chunks, spec.dims)
     if not (same_dtype and same_form):

@@ -10,10 +10,12 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lloki_atlas.config import canonical_json
 from lloki_atlas.errors import ConflictError, FormatError, InputError, NotFoundError
-from lloki_atlas.store.log import FORMAT_VERSION, append_version, check_format, read_record, read_state, version_numbers
-from lloki_atlas.store.objects import check_object, create_exclusive, is_complete, object_name, read_receipt
+from lloki_atlas.store.durable import create_exclusive
+from lloki_atlas.store.leases import WRITERS, writing
+from lloki_atlas.store.log import append_version, check_format, new_identity, read_record, read_state, version_numbers
+from lloki_atlas.store.objects import check_object, is_complete, object_name, read_receipt
+from lloki_atlas.store.places import ObjectPlace, Place, place
 from lloki_atlas.store.records import (
     KINDS,
     ZARR_KINDS,
@@ -27,6 +29,8 @@ from lloki_atlas.store.records import (
 )
 
 STAGING = "staging"
+# what the root of a catalog holds
+NAMES = ("catalog.json", "versions", STAGING, WRITERS, *KINDS)
 _MODES = ("r", "r+")
 
 
@@ -34,23 +38,28 @@ _MODES = ("r", "r+")
 class Catalog:
     """A catalog at one version; `mode` is "r" (reading) or "r+" (commits allowed)."""
 
-    root: Path
+    root: Place
     version: int
     state: CatalogState
     mode: str = "r"
 
-    def path(self, kind: str, key: str) -> Path:
+    def path(self, kind: str, key: str) -> Place:
         """Return where an object lives, or `staging/<key>` for an unfinished one; nothing is made.
 
         Raises
         ------
         InputError
             If there is no such kind, or the key is no plain file name.
+        FormatError
+            If a link is in its place.
         """
         check_key(key)
         if kind not in (*KINDS, STAGING):
             raise InputError(f"'{kind}' is no kind of object: choose from {', '.join(KINDS)} or {STAGING}")
-        return self.root / kind / (f"{key}.zarr" if kind in ZARR_KINDS else key)
+        found = self.root / kind / (f"{key}.zarr" if kind in ZARR_KINDS else key)
+        if isinstance(found, Path) and found.is_symlink():
+            raise FormatError(f"{found} is a link: a catalog holds its own files, copy what it points to in its place")
+        return found
 
     def slice(self, slice_id: str) -> SliceRecord:
         """Return the record of a slice.
@@ -66,13 +75,13 @@ class Catalog:
         return self.state.slices[slice_id]
 
 
-def create_store(location: str | Path, change: Change, *, message: str) -> Catalog:
+def create_store(location: str | Place, change: Change, *, message: str) -> Catalog:
     """Make a catalog whose version 1 is `change`; one that died half-way is finished.
 
     Parameters
     ----------
     location
-        A new or an empty local folder; objects may have been published in it.
+        A new or an empty folder, or an address such as `s3://bucket/atlas`; objects may have been published in it.
     change
         Settings, reference and models to begin with.
     message
@@ -90,17 +99,17 @@ def create_store(location: str | Path, change: Change, *, message: str) -> Catal
     """
     head = vacant(location)
     root = head.root
-    change = _with_digests(head, change)
-    identity = {"format_version": FORMAT_VERSION, "id": uuid.uuid4().hex}
-    if not create_exclusive(root / "catalog.json", canonical_json(identity)):
-        check_format(root)
-    created = _try_commit(head, change, message, uuid.uuid4().hex)
+    with writing(root, message):
+        change = _with_digests(head, change)
+        if not create_exclusive(root / "catalog.json", new_identity()):
+            check_format(root)
+        created = _try_commit(head, change, message, uuid.uuid4().hex)
     if created is None:
         raise InputError(_taken(root))
     return created
 
 
-def vacant(location: str | Path) -> Catalog:
+def vacant(location: str | Place) -> Catalog:
     """Return the catalog before its first version, so that objects can be published for `create_store` to name.
 
     Raises
@@ -108,27 +117,27 @@ def vacant(location: str | Path) -> Catalog:
     InputError
         If something else than the remains of an interrupted making is there.
     """
-    root = _local(location)
+    root = catalog_root(location)
     if root.exists() and not root.is_dir():
         raise InputError(_taken(root))
-    ours = ("catalog.json", "versions", STAGING, *KINDS)
+    refuse_links(root)
     names = [entry.name for entry in root.iterdir()] if root.exists() else []
-    if version_numbers(root) or any(name not in ours and not name.endswith(".tmp") for name in names):
+    if version_numbers(root) or any(name not in NAMES and not name.endswith(".tmp") for name in names):
         raise InputError(_taken(root))
     return Catalog(root, 0, CatalogState(), "r+")
 
 
-def _taken(root: Path) -> str:
+def _taken(root: Place) -> str:
     return f"{root} exists already and is not empty: choose a new folder, or open the catalog that is there"
 
 
-def open_catalog(location: str | Path, *, version: int | None = None, mode: str = "r") -> Catalog:
+def open_catalog(location: str | Place, *, version: int | None = None, mode: str = "r") -> Catalog:
     """Open a catalog, at its head unless a version is named; nothing is written.
 
     Parameters
     ----------
     location
-        The catalog's folder.
+        The catalog's folder, or its address such as `s3://bucket/atlas`.
     version
         A version from 1 on.
     mode
@@ -137,21 +146,26 @@ def open_catalog(location: str | Path, *, version: int | None = None, mode: str 
     Raises
     ------
     NotFoundError
-        If there is no catalog, or no such version.
+        If there is no catalog, or no such version, or the version was given up and its objects collected.
     FormatError
-        If it is damaged, or was written by a newer version.
+        If it is damaged, was written by a newer version, or a link is among its folders.
     """
     if mode not in _MODES:
         raise InputError(f"mode is {mode!r}: use 'r' to read or 'r+' to commit")
-    root = _local(location)
-    check_format(root)
+    root = catalog_root(location)
+    refuse_links(root)
     numbers = list_versions(root)
     if not numbers:
         raise NotFoundError(f"the catalog {root} has no version, its making was interrupted: create it again")
     if version is None:
         version = numbers[-1]
     elif version not in numbers:
-        raise NotFoundError(f"there is no version {version} in {root}: choose from {numbers[0]} to {numbers[-1]}")
+        oldest = oldest_version(root, numbers)
+        raise NotFoundError(f"there is no version {version} in {root}: choose from {oldest} to {numbers[-1]}")
+    elif version < (oldest := oldest_version(root, numbers)):
+        raise NotFoundError(
+            f"version {version} of {root} was given up and its objects collected: choose from {oldest} to {numbers[-1]}"
+        )
     return Catalog(root, version, read_state(root, version), mode)
 
 
@@ -177,17 +191,36 @@ def commit(catalog: Catalog, change: Change, *, message: str) -> Catalog:
     InputError
         If the catalog was opened for reading.
     ConflictError
-        If another writer changed the same slice or setting meanwhile; nothing was committed.
+        If another writer changed the same slice or setting meanwhile, or garbage is being collected and that does not
+        end soon; nothing was committed.
     FormatError
         If an object is not complete on disk, or is not the one that was announced.
     """
     if catalog.mode == "r":
         raise InputError(f"{catalog.root} is open for reading: open it with mode='r+' to commit")
+    with writing(catalog.root, message):
+        return append(catalog, change, message=message)
+
+
+def append(catalog: Catalog, change: Change, *, message: str, exact: bool = False) -> Catalog:
+    """Commit without announcing it, for who has announced more; with `exact`, only on top of the version opened.
+
+    Raises
+    ------
+    ConflictError
+        As `commit`; with `exact` if there is any newer version.
+    FormatError
+        As `commit`.
+    """
     change = _with_digests(catalog, change)
     owner = uuid.uuid4().hex
     head = catalog
     while True:
         head = _advance(head, change)
+        if exact and head.version > catalog.version:
+            raise ConflictError(
+                f"{catalog.root} is at version {head.version} meanwhile, not {catalog.version}: open the head and look"
+            )
         committed = _try_commit(head, change, message, owner)
         if committed is not None:
             return committed
@@ -198,11 +231,28 @@ def history(catalog: Catalog) -> list[VersionRecord]:
     return [read_record(catalog.root, number) for number in range(1, catalog.version + 1)]
 
 
-def list_versions(root: str | Path) -> list[int]:
+def list_versions(root: str | Place) -> list[int]:
     """Return the numbers of all versions, ascending."""
-    root = _local(root)
+    root = catalog_root(root)
     check_format(root)
     return version_numbers(root)
+
+
+def oldest_version(root: Place, numbers: list[int]) -> int:
+    """Return the first version that is retained, as the newest readable record says."""
+    for number in reversed(numbers):
+        try:
+            return read_record(root, number).oldest
+        except FormatError:
+            continue
+    return numbers[0]
+
+
+def refuse_links(root: Place) -> None:
+    """Refuse a catalog whose folders lead elsewhere."""
+    for name in NAMES if isinstance(root, Path) else ():
+        if isinstance(root, Path) and (root / name).is_symlink():
+            raise FormatError(f"{root / name} is a link: a catalog holds its own files, copy what it points to there")
 
 
 def verify(catalog: Catalog) -> list[str]:
@@ -267,7 +317,11 @@ def _with_digests(catalog: Catalog, change: Change) -> Change:
     return replace(change, objects=digests)
 
 
-def _local(location: str | Path) -> Path:
-    if "://" in str(location):
-        raise InputError(f"{location} is an address: a catalog lives in a local folder")
-    return Path(location).expanduser().absolute()
+def catalog_root(location: str | Place) -> Place:
+    """The catalog's folder, absolute, or its prefix in a bucket."""
+    root = place(location)
+    if isinstance(root, ObjectPlace):
+        if not root.key:
+            raise InputError(f"{root} is a whole bucket: name a folder in it, such as {root}/atlas")
+        return root
+    return root.expanduser().absolute()

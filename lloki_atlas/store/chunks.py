@@ -21,9 +21,13 @@ from zarr.abc.store import RangeByteRequest
 from zarr.buffer import default_buffer_prototype
 from zarr.codecs import BytesCodec
 from zarr.core.sync import sync
+from zarr.storage import LocalStore, ObjectStore
 
 from lloki_atlas.errors import FormatError
+from lloki_atlas.store.buckets import client, storage_errors
 from lloki_atlas.store.durable import sync_file
+from lloki_atlas.store.objects import is_complete
+from lloki_atlas.store.places import ObjectPlace, Place
 
 
 def is_plain(array: zarr.Array) -> bool:
@@ -34,13 +38,20 @@ def is_plain(array: zarr.Array) -> bool:
     return isinstance(codec, BytesCodec) and (codec.endian is None or codec.endian.value == sys.byteorder)
 
 
-def read_plain(array: zarr.Array, start: int, stop: int) -> np.ndarray:
-    """Rows of a plain array, from its files right into the result.
+def zarr_store(folder: Place) -> Any:
+    """A zarr store whose root is this folder."""
+    if isinstance(folder, ObjectPlace):
+        return ObjectStore(client(str(folder)))
+    return LocalStore(folder)
+
+
+def read_plain(array: zarr.Array, folder: Place, start: int, stop: int) -> np.ndarray:
+    """Rows of the plain array in this folder, from its files right into the result.
 
     Raises
     ------
     FormatError
-        If a file is cut short.
+        If a file is cut short, or one of a published object is missing.
     """
     values = np.empty((stop - start, *array.shape[1:]), dtype=array.dtype)
     if not values.size:
@@ -50,28 +61,31 @@ def read_plain(array: zarr.Array, start: int, stop: int) -> np.ndarray:
         begin, end = max(first, start), min(first + chunk_rows, stop)
         part = values[begin - start : end - start]
         try:
-            with open(_folder(array) / _file(array, first), "rb") as handle:
-                handle.seek((begin - first) * row_bytes)
-                if handle.readinto(part.data.cast("B")) != part.nbytes:
-                    raise damaged(array)
-        except FileNotFoundError:  # never written
-            part[...] = array.fill_value
+            if not _read_into(part, folder / _file(array, first), (begin - first) * row_bytes):
+                raise damaged(array)
+        except FileNotFoundError:
+            if is_complete(folder.parent):  # a published object has all of its chunks
+                raise damaged(array) from None
+            part[...] = array.fill_value  # never written
     return values
 
 
-def read_plain_pieces(array: zarr.Array, pieces: Sequence[tuple[int, int]], places: Sequence[np.ndarray]) -> None:
-    """Read ranges of rows, each within one chunk, into their places, many at a time.
+def read_plain_pieces(
+    array: zarr.Array, folder: Place, pieces: Sequence[tuple[int, int]], places: Sequence[np.ndarray]
+) -> None:
+    """Read ranges of rows of the plain array in this folder, each within one chunk, into their places, many at a time.
 
     Raises
     ------
     FormatError
-        If a file is cut short.
+        If a file is cut short, or gone.
     """
-    sync(_read_pieces(array, pieces, places))
+    with storage_errors(array.store_path):
+        sync(_read_pieces(array, folder, pieces, places))
 
 
-def write_chunks(array: zarr.Array, start: int, values: np.ndarray) -> dict[str, list[Any]]:
-    """Write rows that begin with a chunk and end with one or with the array.
+def write_chunks(array: zarr.Array, folder: Place, start: int, values: np.ndarray) -> dict[str, list[Any]]:
+    """Write rows of the array in this folder that begin with a chunk and end with one or with the array.
 
     The bytes are on the disk when this returns; the names of the files are once their folders are synced.
 
@@ -81,14 +95,16 @@ def write_chunks(array: zarr.Array, start: int, values: np.ndarray) -> dict[str,
         Path of each file in the array's folder → [bytes, SHA-256].
     """
     if is_plain(array):
-        return dict(_write_plain(array, start, values))
+        return dict(_write_plain(array, folder, start, values))
     # a chunk that happens to hold only the fill value is a file too: a missing file is then always damage
-    array.with_config({"write_empty_chunks": True})[start : start + len(values)] = values
+    with storage_errors(folder):
+        array.with_config({"write_empty_chunks": True})[start : start + len(values)] = values
     written = {}
     for first in range(start, start + len(values), array.chunks[0]):
-        file = _folder(array) / _file(array, first)
+        file = folder / _file(array, first)
         content = file.read_bytes()
-        sync_file(file)
+        if isinstance(file, Path):
+            sync_file(file)
         written[_file(array, first)] = [len(content), hashlib.sha256(content).hexdigest()]
     return written
 
@@ -99,7 +115,7 @@ def damaged(array: zarr.Array) -> FormatError:
     return FormatError(f"{place} is damaged: verify the catalog and run the stage again")
 
 
-def _write_plain(array: zarr.Array, start: int, values: np.ndarray) -> Iterator[tuple[str, list[Any]]]:
+def _write_plain(array: zarr.Array, folder: Place, start: int, values: np.ndarray) -> Iterator[tuple[str, list[Any]]]:
     chunk_rows = array.chunks[0]
     for first in range(start, start + len(values), chunk_rows):
         rows = np.ascontiguousarray(values[first - start : first - start + chunk_rows], dtype=array.dtype)
@@ -107,23 +123,48 @@ def _write_plain(array: zarr.Array, start: int, values: np.ndarray) -> Iterator[
             rest = np.full((chunk_rows - len(rows), *array.shape[1:]), array.fill_value, dtype=array.dtype)
             rows = np.concatenate([rows, rest])
         data, name = rows.data.cast("B"), _file(array, first)
-        file = _folder(array) / name
-        _make_folders(array, name)
-        # as zarr names its own, so that what a killed writer leaves behind is known for what it is
-        temporary = file.with_name(f".{uuid.uuid4().hex}.partial")
-        try:
-            with open(temporary, "xb", buffering=0) as handle:
-                written = handle.write(data)
-                while written < len(data):
-                    written += handle.write(data[written:])
-                os.fsync(handle.fileno())
-            os.replace(temporary, file)  # noqa: PTH105 (tests break single system calls by their os name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if isinstance(folder, ObjectPlace):
+            (folder / name).write_bytes(data)
+        else:
+            _write_file(folder, name, data)
         yield name, [len(data), hashlib.sha256(data).hexdigest()]
 
 
-async def _read_pieces(array: zarr.Array, pieces: Sequence[tuple[int, int]], places: Sequence[np.ndarray]) -> None:
+def _write_file(folder: Path, name: str, data: memoryview) -> None:
+    inner = folder
+    for part in Path(name).parts[:-1]:
+        # where the array's own folder is gone, the object was published by another
+        inner /= part
+        inner.mkdir(exist_ok=True)
+    file = folder / name
+    # as zarr names its own, so that what a killed writer leaves behind is known for what it is
+    temporary = file.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        with open(temporary, "xb", buffering=0) as handle:
+            written = handle.write(data)
+            while written < len(data):
+                written += handle.write(data[written:])
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)  # noqa: PTH105 (tests break single system calls by their os name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_into(part: np.ndarray, file: Place, offset: int) -> bool:
+    """Fill (k, ...) rows with the bytes of a file from `offset` on; False when it is too short."""
+    if isinstance(file, ObjectPlace):
+        content = file.read_range(offset, part.nbytes)
+        if len(content) == part.nbytes:
+            part[...] = np.frombuffer(content, dtype=part.dtype).reshape(part.shape)
+        return len(content) == part.nbytes
+    with open(file, "rb") as handle:
+        handle.seek(offset)
+        return handle.readinto(part.data.cast("B")) == part.nbytes
+
+
+async def _read_pieces(
+    array: zarr.Array, folder: Place, pieces: Sequence[tuple[int, int]], places: Sequence[np.ndarray]
+) -> None:
     row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:]))
     prototype, chunk_rows = default_buffer_prototype(), array.chunks[0]
 
@@ -132,26 +173,16 @@ async def _read_pieces(array: zarr.Array, pieces: Sequence[tuple[int, int]], pla
         request = RangeByteRequest(first, first + place.nbytes)
         name = _file(array, piece[0])
         found = await (array.store_path / name).get(prototype=prototype, byte_range=request)
-        if found is None:  # never written
-            place[...] = array.fill_value
+        if found is None:
+            if is_complete(folder.parent):  # a published object has all of its chunks
+                raise damaged(array)
+            place[...] = array.fill_value  # never written
         elif len(found) != place.nbytes:
             raise damaged(array)
         else:
             place[...] = np.frombuffer(found.as_numpy_array(), dtype=array.dtype).reshape(place.shape)
 
     await asyncio.gather(*(read(piece, place) for piece, place in zip(pieces, places, strict=True)))
-
-
-def _make_folders(array: zarr.Array, name: str) -> None:
-    """Make the folders of a chunk below the array's own: where that is gone, the object was published by another."""
-    folder = _folder(array)
-    for part in Path(name).parts[:-1]:
-        folder /= part
-        folder.mkdir(exist_ok=True)
-
-
-def _folder(array: zarr.Array) -> Path:
-    return Path(array.store.root) / array.path
 
 
 def _file(array: zarr.Array, row: int) -> str:

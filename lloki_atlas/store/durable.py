@@ -1,20 +1,26 @@
-"""Files that survive a crash, on a POSIX file system: whole or absent, never half."""
+"""Files that survive a crash: whole or absent, never half.
+
+On a POSIX file system by our own steps, in a bucket because it stores objects no other way.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-from lloki_atlas.errors import InputError
+from lloki_atlas.errors import FormatError, InputError
+from lloki_atlas.store.places import ObjectPlace, Place, place
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_durable(path: str | Path, data: bytes) -> None:
+def write_durable(path: str | Place, data: bytes) -> None:
     """Write a file so that after a crash it is there whole, or is what it was before.
 
     Parameters
@@ -24,24 +30,31 @@ def write_durable(path: str | Path, data: bytes) -> None:
     data
         Its bytes.
     """
-    path = Path(path)
+    path = place(path)
+    if isinstance(path, ObjectPlace):
+        path.write_bytes(data)
+        return
     ensure_folder(path.parent)
     _replace(path, data, sync=True)
     sync_folder(path.parent)
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
+def write_whole(path: str | Place, data: bytes) -> None:
     """Write a file so that a killed process leaves it whole or as it was; a power failure may leave it empty."""
-    path = Path(path)
+    path = place(path)
+    if isinstance(path, ObjectPlace):
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, data, sync=False)
 
 
-def create_exclusive(path: str | Path, data: bytes) -> bool:
+def create_exclusive(path: str | Place, data: bytes) -> bool:
     """Create a file unless it exists; of many callers at one path exactly one is told True.
 
-    A reader sees the whole file or none. Over a network file system False is no proof of having lost, since a won
-    answer may be lost and asked again: who needs to know puts a token into `data` and reads it back.
+    A reader sees the whole file or none. Over a network False is no proof of having lost, since a won answer may be
+    lost and asked again: who needs to know puts a token into `data` and reads it back. In a bucket, callers with equal
+    data are all told True.
 
     Parameters
     ----------
@@ -59,8 +72,12 @@ def create_exclusive(path: str | Path, data: bytes) -> bool:
     ------
     InputError
         If the file system has no hard links.
+    StorageError
+        If the bucket cannot be reached, or does not honour conditions.
     """
-    path = Path(path)
+    path = place(path)
+    if isinstance(path, ObjectPlace):
+        return path.create(data)
     ensure_folder(path.parent)
     temporary = _write_temporary(path, data)
     try:
@@ -80,6 +97,33 @@ def create_exclusive(path: str | Path, data: bytes) -> bool:
     return created
 
 
+def remove_tree(folder: str | Place) -> None:
+    """Remove a folder and all below it, as far as that can be done; one that is not there is no error."""
+    folder = place(folder)
+    if isinstance(folder, ObjectPlace):
+        folder.remove_below()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def files_below(folder: Place) -> Iterator[str]:
+    """Paths of all files below a folder, relative to it and with forward slashes; no order.
+
+    Raises
+    ------
+    FormatError
+        If there is something that is neither a file nor a folder, such as a symbolic link.
+    """
+    return folder.files() if isinstance(folder, ObjectPlace) else _files(folder, "")
+
+
+def sizes_below(folder: Place) -> dict[str, int]:
+    """Bytes of all files below a folder, by path; as `files_below`."""
+    if isinstance(folder, ObjectPlace):
+        return folder.sizes()
+    return {name: (folder / name).stat().st_size for name in files_below(folder)}
+
+
 def describe_os_error(error: BaseException) -> str:
     """Say in one sentence what an error of the operating system means and what to do.
 
@@ -95,7 +139,7 @@ def describe_os_error(error: BaseException) -> str:
         if getattr(part, "errno", None) in _DISK_FULL or re.search(rf"os error ({codes})\b", str(part)):
             where = getattr(part, "filename", None)
             at = f" at {where}" if where else ""
-            return f"the disk is full or the quota is used up{at}: free some space and run again, nothing was committed"
+            return f"the disk is full or the quota is used up{at}: free some space and run again, what was done is kept"
     for part in chain:
         if isinstance(part, OSError) and part.strerror:
             at = f" at {part.filename}" if part.filename else ""
@@ -123,6 +167,18 @@ def sync_file(path: Path, flags: int = os.O_RDONLY) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _files(folder: Path, prefix: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            relative = prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(folder / entry.name, relative + "/")
+            elif entry.is_file(follow_symlinks=False):
+                yield relative
+            else:
+                raise FormatError(f"{folder / entry.name} is a link or a device: an object holds only plain files")
 
 
 def _replace(path: Path, data: bytes, *, sync: bool) -> None:

@@ -1,50 +1,24 @@
-"""Durable files and immutable objects on a POSIX file system.
+"""Immutable objects and their receipts.
 
-An object is a folder that appears whole, by one rename, and never changes; the receipt beside it (`<name>.json`)
-says what is in it. An object without its receipt is unfinished: nobody refers to it, and publishing again mends it.
+An object is a folder that never changes; the receipt beside it (`<name>.json`) says what is in it. An object without
+its receipt is unfinished: nobody refers to it, and publishing again mends it (`lloki_atlas.store.publishing`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lloki_atlas.config import canonical_json
 from lloki_atlas.config import digest as content_digest
-from lloki_atlas.errors import FormatError, NotFoundError
-from lloki_atlas.store.durable import (
-    create_exclusive,
-    describe_os_error,
-    ensure_folder,
-    sync_file,
-    sync_folder,
-    write_durable,
-)
-
-__all__ = [
-    "Receipt",
-    "check_object",
-    "create_exclusive",
-    "describe_os_error",
-    "file_digests",
-    "is_complete",
-    "object_name",
-    "publish",
-    "read_receipt",
-    "write_durable",
-]
+from lloki_atlas.errors import FormatError, NotFoundError, StorageError
+from lloki_atlas.store.durable import files_below, sizes_below
+from lloki_atlas.store.places import ObjectPlace, Place, place
 
 RECEIPT_FORMAT = 1
-
-# zarr writes each key under such a name and renames it; a killed writer leaves it behind
-_LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(partial|tmp)$")
 
 
 @dataclass(frozen=True)
@@ -73,7 +47,7 @@ class Receipt:
         return content_digest(self.to_json())
 
 
-def file_digests(folder: str | Path) -> dict[str, list[Any]]:
+def file_digests(folder: str | Place) -> dict[str, list[Any]]:
     """Digest every file of a folder.
 
     Returns
@@ -86,58 +60,11 @@ def file_digests(folder: str | Path) -> dict[str, list[Any]]:
     FormatError
         If the folder holds something that is neither a file nor a folder, such as a symbolic link.
     """
-    folder = Path(folder)
-    return {relative: _file_digest(folder / relative) for relative in sorted(_files(folder))}
+    folder = place(folder)
+    return {relative: file_digest(folder / relative) for relative in sorted(files_below(folder))}
 
 
-def publish(
-    staging: str | Path,
-    final: str | Path,
-    *,
-    lineage: Mapping[str, Any],
-    written: Mapping[str, list[Any]] | None = None,
-) -> Receipt:
-    """Make a finished folder an object: sync it, rename it in place, then write its receipt.
-
-    Calling again is harmless: an object that is there already stays as it is and `staging` is dropped, and one
-    whose writer died between rename and receipt gets its receipt.
-
-    Parameters
-    ----------
-    staging
-        The finished folder, on the same file system as `final`.
-    final
-        Where the object lives; the receipt is `<final>.json`.
-    lineage
-        What made it: stage, its version, parameters, keys of the inputs (JSON-like).
-    written
-        Digests of files whose bytes are on the disk already, as `file_digests` has them; they are not read again.
-
-    Returns
-    -------
-    Receipt
-        The receipt on disk, that of the first publisher.
-
-    Raises
-    ------
-    NotFoundError
-        If neither folder exists.
-    """
-    staging, final = Path(staging), Path(final)
-    if not is_complete(final):
-        if not _holds_files(final) and not _holds_files(staging):
-            raise NotFoundError(f"there is nothing to publish as {object_name(final)}: {staging} does not exist")
-        moved = None if _holds_files(final) else _move_in_place(staging, final, written or {})
-        receipt = Receipt(final.name, dict(lineage), file_digests(final) if moved is None else moved)
-        data = canonical_json(receipt.to_json())
-        if not create_exclusive(_receipt_path(final), data) and moved not in (None, read_receipt(final).files):
-            # the folder of an old receipt had been deleted: what is there now is what the receipt has to say
-            write_durable(_receipt_path(final), data)
-    shutil.rmtree(staging, ignore_errors=True)
-    return read_receipt(final)
-
-
-def read_receipt(path: str | Path) -> Receipt:
+def read_receipt(path: str | Place) -> Receipt:
     """Read the receipt of the object at `path`.
 
     Raises
@@ -145,9 +72,9 @@ def read_receipt(path: str | Path) -> Receipt:
     NotFoundError
         If there is none: the object was never finished.
     FormatError
-        If it is garbled, or was written by a newer version.
+        If it is garbled, names files outside of the object, or was written by a newer version.
     """
-    file = _receipt_path(Path(path))
+    file = receipt_path(place(path))
     name = object_name(path)
     try:
         content = json.loads(file.read_bytes())
@@ -159,16 +86,19 @@ def read_receipt(path: str | Path) -> Receipt:
         raise FormatError(f"the receipt {file} lists no files: restore the file or run the stage again")
     if content.get("format") != RECEIPT_FORMAT:
         raise FormatError(f"the receipt {file} has format {content.get('format')}: update lloki-atlas to read it")
-    return Receipt(str(content.get("name")), content.get("lineage") or {}, content["files"])
+    lineage = content.get("lineage") or {}
+    if not isinstance(lineage, dict) or not all(_is_inside(*line) for line in content["files"].items()):
+        raise FormatError(f"the receipt {file} lists what is no file of {name}: it was not written by lloki-atlas")
+    return Receipt(str(content.get("name")), lineage, content["files"])
 
 
-def is_complete(path: str | Path) -> bool:
+def is_complete(path: str | Place) -> bool:
     """Tell whether the object at `path` was published to the end; its bytes are not read."""
-    path = Path(path)
-    return _receipt_path(path).is_file() and path.is_dir()
+    path = place(path)
+    return receipt_path(path).is_file() and path.is_dir()
 
 
-def check_object(path: str | Path) -> list[str]:
+def check_object(path: str | Place) -> list[str]:
     """Compare every byte of an object with its receipt.
 
     Returns
@@ -176,13 +106,13 @@ def check_object(path: str | Path) -> list[str]:
     list of str
         One sentence for each file that is missing, extra, cut short or altered; empty when all is well.
     """
-    path = Path(path)
+    path = place(path)
     name = object_name(path)
     if not path.is_dir():
         return [f"{name}: the whole folder is missing."]
     try:
         expected = read_receipt(path).files
-        present = set(_files(path))
+        present = set(files_below(path))
     except (FormatError, NotFoundError) as error:
         return [f"{name}: {error}."]
     problems = [f"{name}: file {file} is missing." for file in sorted(set(expected) - present)]
@@ -194,74 +124,68 @@ def check_object(path: str | Path) -> list[str]:
     return problems
 
 
-def object_name(path: str | Path) -> str:
+def require_whole(path: str | Place) -> None:
+    """Refuse a published object with a file that is gone or of another size; one without a receipt is not looked at.
+
+    Zarr reads a chunk whose file is missing as zeros, so only the receipt can tell.
+
+    Raises
+    ------
+    FormatError
+        Naming the file.
+    """
+    path = place(path)
+    if not receipt_path(path).is_file():
+        return
+    expected = {file: entry[0] for file, entry in read_receipt(path).files.items()}
+    present = sizes_below(path) if path.is_dir() else {}
+    if present == expected:
+        return
+    (file, *_) = sorted(file for file in expected.keys() | present.keys() if expected.get(file) != present.get(file))
+    found, written = present.get(file, "no"), expected.get(file, "none")
+    raise FormatError(
+        f"file {file} of {object_name(path)} has {found} bytes where {written} were written: restore it from a copy, "
+        "or remove the object with its receipt and run again"
+    )
+
+
+def object_name(path: str | Place) -> str:
     """Return how an object is called in messages: kind and folder name, such as `slices/0a….zarr`."""
-    path = Path(path)
+    path = place(path)
     return f"{path.parent.name}/{path.name}"
 
 
-def _move_in_place(staging: Path, final: Path, written: Mapping[str, list[Any]]) -> dict[str, list[Any]] | None:
-    """Sync and rename; the digests, or None when another publisher's folder is in place."""
-    try:
-        files = _make_durable(staging, written)
-        ensure_folder(final.parent)
-        os.rename(staging, final)  # noqa: PTH104
-    except OSError:
-        if not _holds_files(final):
-            raise
-        return None
-    sync_folder(final.parent)
-    sync_folder(staging.parent)
-    return files
-
-
-def _make_durable(staging: Path, written: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    files = {}
-    for relative in sorted(_files(staging)):
-        if _LEFTOVER.search(relative):
-            (staging / relative).unlink(missing_ok=True)
-            continue
-        files[relative] = written.get(relative) or _file_digest(staging / relative)
-        if relative not in written:
-            sync_file(staging / relative)
-    for folder, _, _ in os.walk(staging, topdown=False):
-        sync_folder(Path(folder))
-    return files
-
-
-def _holds_files(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _files(folder: Path, prefix: str = "") -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            relative = prefix + entry.name
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files(folder / entry.name, relative + "/")
-            elif entry.is_file(follow_symlinks=False):
-                yield relative
-            else:
-                raise FormatError(f"{folder / entry.name} is a link or a device: an object holds only plain files")
-
-
-def _file_digest(path: Path) -> list[Any]:
-    with open(path, "rb") as handle:
+def file_digest(file: Place) -> list[Any]:
+    """Bytes and SHA-256 of one file."""
+    if isinstance(file, ObjectPlace):
+        content = file.read_bytes()
+        return [len(content), hashlib.sha256(content).hexdigest()]
+    with open(file, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
         return [handle.tell(), digest]
 
 
-def _file_problem(path: Path, expected: list[Any]) -> str | None:
+def receipt_path(path: Place) -> Place:
+    """Where the receipt of the object at `path` is."""
+    return path.parent / f"{path.name}.json"
+
+
+def _is_inside(file: str, entry: Any) -> bool:
+    """Whether a line of a receipt is the relative path of a file that stays inside, with its size and digest."""
+    is_path = not re.search(r"[\\\0]|(^|/)(\.{0,2})(/|$)", file)
+    is_entry = isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int
+    return is_path and is_entry and isinstance(entry[1], str)
+
+
+def _file_problem(file: Place, expected: list[Any]) -> str | None:
     try:
-        size = path.stat().st_size
+        size = file.stat().st_size
         if size != expected[0]:
             return f"has {size} bytes where {expected[0]} were written"
-        if _file_digest(path) != list(expected):
+        if file_digest(file) != list(expected):
             return "was altered: its digest is not the one in the receipt"
+    except StorageError:
+        raise
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None
-
-
-def _receipt_path(path: Path) -> Path:
-    return path.with_name(path.name + ".json")

@@ -12,8 +12,12 @@ from typing import Any
 from lloki_atlas.config import canonical_json
 from lloki_atlas.config import digest as content_digest
 from lloki_atlas.errors import FormatError, InputError, NotFoundError
+from lloki_atlas.store.packing import PACKED_SLICES, pack_state, unpack_state
 
-RECORD_FORMAT = 1
+# the newest form of a record that is read; a record has the oldest form that can say what it says
+RECORD_FORMAT = 2
+# a change to it says that there is no reference any more
+NO_REFERENCE = ""
 
 # stage of the pipeline -> kind of the folder that the stage's key names
 STAGE_KINDS: dict[str, str] = {
@@ -67,8 +71,14 @@ class SliceRecord:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> SliceRecord:
-        """Build from the form on disk."""
-        return cls(**content)
+        """Build from the form on disk; TypeError when a value is of another type."""
+        record = cls(**content)
+        texts = (record.slice_id, record.technology, record.organism, record.panel, *record.label_columns)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a name of a slice is no text")
+        if type(record.n_cells) is not int or type(record.n_genes) is not int:
+            raise TypeError("a number of a slice is no whole number")
+        return record
 
     def to_json(self) -> dict[str, Any]:
         """Return the form on disk."""
@@ -83,8 +93,9 @@ class SliceRecord:
 class Change:
     """What one commit changes; what is not named stays.
 
-    `slices` and `models` map a slice id or a role to its new value, None to remove it. `objects` maps "kind/key"
-    to the digest of its receipt; a commit looks up those left out.
+    `slices` and `models` map a slice id or a role to its new value, None to remove it. `reference` is NO_REFERENCE to
+    have none any more. `objects` maps "kind/key" to the digest of its receipt; a commit looks up those left out.
+    `oldest` gives up the versions before it.
     """
 
     config: Mapping[str, Any] | None = None
@@ -92,6 +103,7 @@ class Change:
     models: Mapping[str, str | None] = field(default_factory=dict)
     slices: Mapping[str, SliceRecord | None] = field(default_factory=dict)
     objects: Mapping[str, str] = field(default_factory=dict)
+    oldest: int | None = None
 
     def __post_init__(self) -> None:
         if self.config is not None:
@@ -100,11 +112,13 @@ class Change:
         for slice_id, record in self.slices.items():
             if record is not None and record.slice_id != slice_id:
                 raise InputError(f"the change names slice '{slice_id}' and holds '{record.slice_id}': use one id")
-        for key in (self.reference, *self.models.values()):
+        for key in (self.reference or None, *self.models.values()):
             if key is not None:
                 check_key(key)
         for name in self.objects:
             split_name(name)
+        if self.oldest is not None:
+            _check_oldest(self.oldest)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Change:
@@ -113,13 +127,14 @@ class Change:
 
     def to_json(self) -> dict[str, Any]:
         """Return the form on disk."""
-        return {
+        content = {
             "config": None if self.config is None else dict(self.config),
             "reference": self.reference,
             "models": dict(self.models),
             "slices": {name: record and record.to_json() for name, record in self.slices.items()},
             "objects": dict(self.objects),
         }
+        return content if self.oldest is None else {**content, "oldest": self.oldest}
 
     def touched(self) -> set[str]:
         """Return what the change sets; two changes conflict when these overlap."""
@@ -133,7 +148,7 @@ class Change:
     def references(self) -> set[str]:
         """Return "kind/key" of every object that the change points to or lists."""
         names = {f"{MODEL_KIND}/{key}" for key in self.models.values() if key is not None}
-        if self.reference is not None:
+        if self.reference:
             names.add(f"{REFERENCE_KIND}/{self.reference}")
         for record in self.slices.values():
             names |= record.references() if record is not None else set()
@@ -145,7 +160,7 @@ class CatalogState:
     """Everything that a version points to.
 
     `models` maps a role ("embedder", "autoencoder") to a key; `objects` maps "kind/key" of every object
-    reachable from here to the digest of its receipt.
+    reachable from here to the digest of its receipt. Versions before `oldest` have been given up.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -153,34 +168,60 @@ class CatalogState:
     models: Mapping[str, str] = field(default_factory=dict)
     slices: Mapping[str, SliceRecord] = field(default_factory=dict)
     objects: Mapping[str, str] = field(default_factory=dict)
+    oldest: int = 1
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> CatalogState:
-        """Build from the form on disk."""
+    def from_json(cls, content: Mapping[str, Any] | str) -> CatalogState:
+        """Build from the form on disk; text is that of `pack_state`."""
+        digests = None
+        if isinstance(content, str):
+            content = unpack_state(content)
+            content, digests = {**content, "objects": {}}, content["objects"]
         slices = {name: SliceRecord.from_json(record) for name, record in content["slices"].items()}
-        return cls(**{**content, "slices": slices})
+        state = cls(**{**content, "slices": slices})
+        if digests is not None:
+            named = zip(sorted(state.references()), digests, strict=True)
+            state = replace(state, objects={name: digest for name, digest in named if digest is not None})
+        state._as_change()  # checks every name
+        if None in state.models.values():
+            raise TypeError("a role has no model")
+        _check_oldest(state.oldest)
+        return state
 
     def to_json(self) -> dict[str, Any]:
         """Return the form on disk."""
-        return Change(self.config, self.reference, self.models, self.slices, self.objects).to_json()
+        return self._as_change().to_json()
+
+    def _as_change(self) -> Change:
+        """What makes this state of nothing."""
+        oldest = self.oldest if self.oldest > 1 else None
+        return Change(self.config, self.reference, self.models, self.slices, self.objects, oldest)
 
     def references(self) -> set[str]:
         """Return "kind/key" of every object that this state points to."""
         return Change(None, self.reference, self.models, self.slices).references()
 
-    def apply(self, change: Change) -> CatalogState:
-        """Return the state after a change; objects that nothing points to any more are left out.
+    def apply(self, *changes: Change) -> CatalogState:
+        """Return the state after changes, in their order; objects that nothing points to any more are left out.
 
         Raises
         ------
         NotFoundError
-            If the change removes a slice or a model that is not here.
+            If a change removes a slice or a model that is not there.
         """
-        slices: dict[str, Any] = _updated(self.slices, change.slices, "slice")
-        models: dict[str, Any] = _updated(self.models, change.models, "model")
-        config = self.config if change.config is None else dict(change.config)
-        state = replace(self, config=config, reference=change.reference or self.reference, models=models, slices=slices)
-        known = {**self.objects, **change.objects}
+        if not changes:
+            return self
+        state, known = self, dict(self.objects)
+        for change in changes:
+            state = replace(
+                state,
+                config=state.config if change.config is None else dict(change.config),
+                reference=state.reference if change.reference is None else change.reference or None,
+                models=_updated(state.models, change.models, "model"),
+                slices=_updated(state.slices, change.slices, "slice"),
+                oldest=max(state.oldest, change.oldest or 1),
+            )
+            known |= change.objects
         return replace(state, objects={name: known[name] for name in sorted(state.references()) if name in known})
 
 
@@ -188,7 +229,8 @@ class CatalogState:
 class VersionRecord:
     """One version: the change that made it and, now and then, the whole state (a checkpoint).
 
-    `owner` is the writer's token, `time` is UTC in ISO format, `parent` the version before (0 for the first).
+    `owner` is the writer's token, `time` is UTC in ISO format, `parent` the version before (0 for the first), `oldest`
+    the first version that is retained.
     """
 
     version: int
@@ -199,18 +241,26 @@ class VersionRecord:
     message: str
     change: Change
     state: CatalogState | None = None
+    oldest: int = 1
 
     def to_bytes(self) -> bytes:
         """Return the file's content, which carries its own digest."""
+        # code that knows only the first form says "update lloki-atlas" of what it would misread, and reads the rest
+        is_packed = self.state is not None and len(self.state.slices) >= PACKED_SLICES
+        is_first_form = self.oldest == 1 and self.change.oldest is None and self.change.reference != NO_REFERENCE
+        is_first_form = is_first_form and not is_packed
         content: dict[str, Any] = {
-            "format": RECORD_FORMAT,
+            "format": 1 if is_first_form else RECORD_FORMAT,
             **{name: getattr(self, name) for name in _PLAIN_FIELDS},
             "change": self.change.to_json(),
         }
         # the digests that this version added stand on their own: a tool can read them without knowing stages
         content["objects"] = content["change"].pop("objects")
         if self.state is not None:
-            content["state"] = self.state.to_json()
+            state = self.state.to_json()
+            content["state"] = pack_state(state, sorted(self.state.references())) if is_packed else state
+        if self.oldest > 1:
+            content["oldest"] = self.oldest
         return canonical_json({**content, "digest": content_digest(content)})
 
     @classmethod
@@ -233,8 +283,9 @@ class VersionRecord:
         try:
             change = Change.from_json({**content["change"], "objects": content["objects"]})
             state = CatalogState.from_json(content["state"]) if "state" in content else None
-            return cls(**{name: content[name] for name in _PLAIN_FIELDS}, change=change, state=state)
-        except (KeyError, TypeError, AttributeError, InputError) as error:
+            oldest = _check_oldest(content.get("oldest", 1))
+            return cls(**{name: content[name] for name in _PLAIN_FIELDS}, change=change, state=state, oldest=oldest)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(damaged) from error
 
 
@@ -261,6 +312,12 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = get_close_matches(name, names, n=3) or names[:5]
     return f"the nearest are {', '.join(near)}" if near else "there are none yet"
+
+
+def _check_oldest(number: Any) -> int:
+    if type(number) is not int or number < 1:
+        raise InputError(f"{number!r} is no version to begin with: use a whole number from 1 on")
+    return number
 
 
 def _slices_from_json(content: Mapping[str, Any]) -> dict[str, SliceRecord | None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from lloki_atlas.errors import InputError
 from lloki_atlas.store.arrays import read_arrays, read_attributes, write_arrays
+from lloki_atlas.store.places import Place
 
 DIMS: dict[str, tuple[str, ...]] = {
     "indptr": ("cell_bound",),
@@ -68,7 +68,7 @@ class ReferenceProfile:
         return chosen
 
 
-def write_reference(folder: str | Path, profile: ReferenceProfile) -> None:
+def write_reference(folder: str | Place, profile: ReferenceProfile) -> None:
     """Write a reference as a group of arrays."""
     counts = profile.counts
     write_arrays(
@@ -87,7 +87,7 @@ def write_reference(folder: str | Path, profile: ReferenceProfile) -> None:
     )
 
 
-def read_reference(folder: str | Path) -> ReferenceProfile:
+def read_reference(folder: str | Place) -> ReferenceProfile:
     """Read a stored reference."""
     arrays = read_arrays(folder)
     attributes = read_attributes(folder)

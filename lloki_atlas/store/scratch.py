@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lloki_atlas.errors import FormatError
+from lloki_atlas.store.places import ObjectPlace, Place, place
 
 
 class ScratchBlocks:
@@ -76,9 +78,15 @@ class ScratchBlocks:
 
 
 @contextmanager
-def scratch_folder(beside: str | Path) -> Iterator[Path]:
-    """Make the name of a folder of one's own beside `beside`, and remove what was put there at the end."""
-    folder = Path(f"{beside}.scratch-{uuid4().hex[:8]}")
+def scratch_folder(beside: str | Place) -> Iterator[Path]:
+    """Make the name of a folder of one's own, and remove what was put there at the end.
+
+    Beside `beside`, or among the machine's temporary files where that is in a bucket.
+    """
+    near = place(beside)
+    if isinstance(near, ObjectPlace):
+        near = Path(tempfile.gettempdir()) / near.name
+    folder = near.with_name(f"{near.name}.scratch-{uuid4().hex[:8]}")
     try:
         yield folder
     finally:

@@ -9,17 +9,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import zarr
 from scipy import sparse
-from zarr.storage import LocalStore
 
 from lloki_atlas.errors import FormatError, InputError, NotFoundError
 from lloki_atlas.store.arrays import read_values
+from lloki_atlas.store.buckets import storage_errors
+from lloki_atlas.store.chunks import zarr_store
+from lloki_atlas.store.objects import require_whole
+from lloki_atlas.store.places import Place, place
 
 TABLE = "tables/table"
 
@@ -50,12 +52,12 @@ class SliceStore:
         On first use, when its table is not the one that ingest writes.
     """
 
-    path: Path
+    path: Place
 
-    def __init__(self, path: str | Path) -> None:
-        object.__setattr__(self, "path", Path(path))
+    def __init__(self, path: str | Place) -> None:
+        object.__setattr__(self, "path", place(path))
 
-    def __reduce__(self) -> tuple[type[SliceStore], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[SliceStore], tuple[Place]]:
         # what is cached stays here
         return type(self), (self.path,)
 
@@ -154,9 +156,12 @@ class SliceStore:
     def _table(self) -> zarr.Group:
         if not (self.path / "zarr.json").is_file():
             raise NotFoundError(f"there is no slice store at {self.path}: ingest the slice")
+        require_whole(self.path)
         try:
-            store = LocalStore(self.path, read_only=True)
-            return zarr.open_group(store, path=TABLE, mode="r", zarr_format=3, use_consolidated=False)
+            with storage_errors(self.path):
+                return zarr.open_group(
+                    zarr_store(self.path), path=TABLE, mode="r", zarr_format=3, use_consolidated=False
+                )
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise FormatError(f"{self.path} has no readable table '{TABLE}': ingest the slice again") from error
 
@@ -175,7 +180,8 @@ class SliceStore:
     def _member(self, name: str) -> Any:
         table = self._table
         try:
-            return table[name]
+            with storage_errors(self.path):
+                return table[name]
         except (KeyError, ValueError) as error:
             raise FormatError(f"{self.path} has no '{TABLE}/{name}': ingest the slice again") from error
 
@@ -201,9 +207,12 @@ class SliceStore:
         if encoding in ("array", "string-array"):
             return self._read(place, rows)
         if encoding == "categorical":
-            categories = pd.Index(self._read(f"{place}/categories"))
+            codes, categories = self._read(f"{place}/codes", rows), pd.Index(self._read(f"{place}/categories"))
             ordered = bool(self._member(place).attrs.get("ordered", False))
-            return pd.Categorical.from_codes(self._read(f"{place}/codes", rows), categories=categories, ordered=ordered)
+            try:
+                return pd.Categorical.from_codes(codes, categories=categories, ordered=ordered)
+            except ValueError as error:
+                raise FormatError(f"column '{place}' of {self.path} is damaged: ingest the slice again") from error
         if encoding in ("nullable-integer", "nullable-boolean", "nullable-string-array"):
             values, missing = self._read(f"{place}/values", rows), self._read(f"{place}/mask", rows)
             if encoding == "nullable-integer":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -11,47 +10,22 @@ import h5py
 import numpy as np
 import pytest
 from support.checkpoints import write_checkpoint
-from support.commands import Result, run_main, run_process
+from support.commands import run_main, run_process
 from support.folders import folder_digest
-from support.queries import GAPPY, source_of
+from support.queries import GAPPY, inner_client, source_of
+from support.refusals import assert_refused, assert_refused_by, ingest_arguments
 from support.slices import make_adata, write_h5ad
 
 from lloki_atlas.config import canonical_json
 from lloki_atlas.query import select_cells
-from lloki_atlas.stages.pipeline import status
+from lloki_atlas.stages.status import status
 from lloki_atlas.store.catalog import open_catalog
-
-OPTIONS = {"--technology": "MERFISH", "--organism": "mouse", "--unit": "micrometer", "--slice-id": "new"}
 
 
 @pytest.fixture(scope="module")
 def catalog(root, tmp_path_factory):
     """A copy of the atlas that no command of these tests may change."""
     return Path(shutil.copytree(root, tmp_path_factory.mktemp("bad") / "atlas"))
-
-
-def arguments(catalog, source, *extra, **changed):
-    options = {**OPTIONS, **{f"--{name.replace('_', '-')}": value for name, value in changed.items()}}
-    given = [part for name, value in options.items() if value is not None for part in (name, value)]
-    return ["ingest", catalog, source, *given, *extra]
-
-
-def assert_refused(result: Result, *words: str, code: int = 3) -> None:
-    assert result.code == code, result.err
-    assert result.out == ""
-    lines = result.err.splitlines()
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("error: ")
-    assert len(lines[0]) < 500
-    assert re.search(": .|needs", lines[0].removeprefix("error: ")), "what is wrong, then how to mend it"
-    for word in words:
-        assert word in lines[0]
-
-
-def assert_refused_by(catalog: Path, command: list, *words: str, code: int = 3, run=run_main) -> None:
-    before = folder_digest(catalog)
-    assert_refused(run(*command), *words, code=code)
-    assert folder_digest(catalog) == before
 
 
 def with_value(adata, value):
@@ -100,7 +74,7 @@ def test_a_source_is_refused_for(catalog, tmp_path, name):
     adata = make_adata()
     edit(adata)
     source = write_h5ad(tmp_path / "slice.h5ad", adata)
-    assert_refused_by(catalog, arguments(catalog, source), "slice.h5ad", *words)
+    assert_refused_by(catalog, ingest_arguments(catalog, source), "slice.h5ad", *words)
 
 
 OPTION_CASES = {
@@ -124,7 +98,7 @@ OPTION_CASES = {
 def test_an_option_is_refused_for(catalog, tmp_path, name):
     changed, extra, words = OPTION_CASES[name]
     source = write_h5ad(tmp_path / "slice.h5ad", make_adata())
-    assert_refused_by(catalog, arguments(catalog, source, *extra, **changed), *words)
+    assert_refused_by(catalog, ingest_arguments(catalog, source, *extra, **changed), *words)
 
 
 def truncated(folder):
@@ -191,7 +165,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_refused(catalog, tmp_path, name):
     make, words = FILES[name]
-    assert_refused_by(catalog, arguments(catalog, make(tmp_path)), *words)
+    assert_refused_by(catalog, ingest_arguments(catalog, make(tmp_path)), *words)
 
 
 def test_a_file_that_may_not_be_read_is_refused(catalog, tmp_path, monkeypatch):
@@ -203,7 +177,7 @@ def test_a_file_that_may_not_be_read_is_refused(catalog, tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr(h5py, "File", refuse)
-    assert_refused_by(catalog, arguments(catalog, source), "secret.h5ad", "ermission denied")
+    assert_refused_by(catalog, ingest_arguments(catalog, source), "secret.h5ad", "ermission denied")
 
 
 @pytest.mark.parametrize("name", ["a fractional count", "no positions"])
@@ -212,24 +186,24 @@ def test_a_process_of_its_own_says_one_line_too(catalog, tmp_path, name):
     adata = make_adata()
     edit(adata)
     source = write_h5ad(tmp_path / "slice.h5ad", adata)
-    assert_refused_by(catalog, arguments(catalog, source), *words, run=run_process)
+    assert_refused_by(catalog, ingest_arguments(catalog, source), *words, run=run_process)
 
 
 def test_a_slice_id_is_not_given_twice(catalog, root):
-    command = arguments(catalog, root.parent / "sources" / "simmap_1.h5ad", slice_id=GAPPY)
+    command = ingest_arguments(catalog, root.parent / "sources" / "simmap_1.h5ad", slice_id=GAPPY)
     assert_refused_by(catalog, command, GAPPY, "other content", "another id")
 
 
 def test_one_id_does_not_name_two_sources(catalog, tmp_path):
     sources = [write_h5ad(tmp_path / f"{name}.h5ad", make_adata()) for name in "ab"]
-    assert_refused_by(catalog, arguments(catalog, sources[0], sources[1]), "--slice-id", "one by one")
+    assert_refused_by(catalog, ingest_arguments(catalog, sources[0], sources[1]), "--slice-id", "one by one")
 
 
 def test_fractional_counts_are_taken_when_they_are_said_to_be(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "atlas"))
     adata = make_adata()
     with_value(adata, 0.5)
-    result = run_main(*arguments(copy, write_h5ad(tmp_path / "slice.h5ad", adata), "--accept-normalized"))
+    result = run_main(*ingest_arguments(copy, write_h5ad(tmp_path / "slice.h5ad", adata), "--accept-normalized"))
     assert (result.code, result.err) == (0, "")
     assert "new" in open_catalog(copy).state.slices
 
@@ -238,7 +212,7 @@ def test_empty_cells_are_kept_when_asked_for(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "atlas"))
     adata = make_adata()
     without_counts(adata)
-    result = run_main(*arguments(copy, write_h5ad(tmp_path / "slice.h5ad", adata), "--keep-empty-cells"))
+    result = run_main(*ingest_arguments(copy, write_h5ad(tmp_path / "slice.h5ad", adata), "--keep-empty-cells"))
     assert (result.code, result.err) == (0, "")
     assert open_catalog(copy).slice("new").n_cells == adata.n_obs
 
@@ -255,8 +229,15 @@ def test_empty_cells_are_listed_without_an_embedding(root):
 def test_a_second_bad_source_leaves_the_first_one_in(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "atlas"))
     sources = [write_h5ad(tmp_path / "good.h5ad", make_adata()), random_bytes(tmp_path)]
-    result = run_main(*arguments(copy, sources[0], sources[1], slice_id=None))
-    assert_refused(result, "noise.h5ad")
+    command = ingest_arguments(copy, sources[0], sources[1], slice_id=None)
+    with inner_client() as client:
+        result = run_main(*command, "--cluster", client.scheduler.address, "--quiet")
+    assert result.code == 3
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: noise: ")
+    assert "noise.h5ad cannot be read" in line
+    assert "1 added" in result.out
+    assert "1 refused" in result.out
     assert open_catalog(copy).version == open_catalog(root).version + 1
 
 
@@ -451,8 +432,8 @@ def test_a_folder_that_is_no_catalog_is_refused_by(tmp_path, command):
     assert_refused_by(tmp_path, [command, tmp_path], "no catalog", "lloki-atlas create")
 
 
-def test_an_address_is_no_catalog():
-    assert_refused(run_main("status", "s3://bucket/atlas"), "s3:", "local folder")
+def test_an_address_of_an_unknown_kind_is_no_catalog():
+    assert_refused(run_main("status", "ftp://bucket/atlas"), "ftp:", "folder")
 
 
 def test_a_catalog_of_a_newer_format_is_refused(root, tmp_path):
@@ -486,7 +467,7 @@ def test_verify_finds_a_flipped_byte_in(root, tmp_path, kind):
     copy = Path(shutil.copytree(root, tmp_path / "atlas"))
     victim = max((path for path in (copy / kind).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     flip(victim)
-    result = run_main("verify", copy, "--json")
+    result = run_main("verify", copy, "--deep", "--json")
     assert (result.code, result.err) == (4, "")
     assert len(result.json["problems"]) == 1
     assert victim.name in result.json["problems"][0]
@@ -496,7 +477,7 @@ def test_verify_of_a_process_ends_with_code_4(root, tmp_path):
     copy = Path(shutil.copytree(root, tmp_path / "atlas"))
     (victim, *_) = sorted((copy / "embeddings").rglob("c/*/*")) or sorted((copy / "embeddings").rglob("c/*"))
     flip(victim)
-    result = run_process("verify", copy)
+    result = run_process("verify", copy, "--deep")
     assert result.code == 4
     assert result.err == ""
     assert len(result.out.splitlines()) == 1

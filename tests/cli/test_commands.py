@@ -28,8 +28,10 @@ OPTIONS = {
     "create": ["--reference", "--organism", "--embedder", "--label-key", "--settings", "--json"],
     "ingest": [
         *("--technology", "--organism", "--unit", "--um-per-unit", "--slice-id", "--slice-key", "--label-key"),
-        *("--layer", "--spatial-key", "--keep-empty-cells", "--accept-normalized", "--gene-map", "--json"),
+        *("--layer", "--table", "--spatial-key", "--keep-empty-cells", "--accept-normalized", "--gene-map", "--json"),
+        *("--replace", "--all-or-nothing", "--workers", "--cluster", "--quiet"),
     ],
+    "configure": ["--set", "--json"],
     "plan": ["--until", "--json"],
     "run": ["--until", "--slices", "--workers", "--gpus", "--device-memory", "--cluster", "--quiet", "--json"],
     "train": [
@@ -61,7 +63,12 @@ OPTIONS = {
     ],
     "status": ["--version", "--json"],
     "log": ["--json"],
-    "verify": ["--version", "--json"],
+    "verify": ["--deep", "--version", "--json"],
+    "remove": ["--json"],
+    "rollback": ["--to", "--json"],
+    "gc": ["--keep-versions", "--grace-hours", "--dry-run", "--json"],
+    "export-version": ["--version", "--json"],
+    "import-version": ["--slices", "--version", "--json"],
     "query": [
         *("--slice", "--cell", "--n-neighbors", "-k", "--where", "--exclude-own-slice", "--embedding"),
         *("--version", "--json"),
@@ -165,10 +172,10 @@ def test_ingesting_again_makes_no_version(journey):
 
 def test_plan_says_tasks_cells_and_memory_of_each_stage(journey):
     summary = journey[0]["plan"].json
-    assert set(summary) == {"tasks", "projected_memory", "stages"}
+    assert set(summary) == {"tasks", "projected_memory", "writes", "stages"}
     assert set(summary["stages"]) == {"tile", "reference", "propagate", "embed", "train", "integrate"}
     for part in summary["stages"].values():
-        assert set(part) == {"tasks", "cells", "projected_memory"}
+        assert set(part) == {"tasks", "cells", "projected_memory", "writes"}
         assert part["tasks"] > 0
     assert summary["tasks"] == sum(part["tasks"] for part in summary["stages"].values())
     assert summary["stages"]["integrate"]["cells"] == 80
@@ -191,7 +198,12 @@ def test_train_makes_another_model(journey):
 
 
 def test_after_a_run_there_is_nothing_to_plan(journey):
-    assert journey[0]["plan again"].json == {"tasks": 0, "projected_memory": 0, "stages": {}}
+    assert journey[0]["plan again"].json == {
+        "tasks": 0,
+        "projected_memory": 0,
+        "writes": 0,
+        "stages": {},
+    }
 
 
 def test_running_again_makes_no_version(journey):
@@ -219,23 +231,90 @@ def test_build_goes_from_a_manifest_to_an_atlas(tmp_path):
     assert (again.code, again.out) == (0, f"{root}: version {first.json['version']}, 100 cells in 2 slices\n")
 
 
-def test_ingest_takes_several_sources_at_once(root, tmp_path):
+INGEST = ["--organism", "mouse", "--unit", "um", "--quiet", "--json"]
+
+
+@pytest.fixture
+def address():
+    """Of a scheduler in this process."""
+    with inner_client() as client:
+        yield client.scheduler.address
+
+
+def test_ingest_takes_several_sources_in_one_version(root, tmp_path, address):
     catalog = run_main_create(tmp_path, root)
     sources = [root.parent / "sources" / f"{slice_id}.h5ad" for slice_id in ("simfish_1", "simmap_1")]
-    options = ["--technology", "SimFISH", "--organism", "mouse", "--unit", "um", "--json"]
-    result = run_main("ingest", catalog, *sources, *options)
+    result = run_main("ingest", catalog, *sources, "--technology", "SimFISH", *INGEST, "--cluster", address)
     assert (result.code, result.err) == (0, "")
-    assert result.json == {"version": 3, "slices": ["simfish_1", "simmap_1"]}
+    names = ["simfish_1", "simmap_1"]
+    expected = {"version": 2, "slices": names, "added": names, "replaced": [], "unchanged": [], "refused": {}}
+    assert result.json == expected
 
 
-def test_ingest_makes_a_slice_of_each_value_of_a_column(root, tmp_path):
+def test_ingest_lists_bad_sources_and_keeps_the_good_ones(root, tmp_path, address):
+    catalog = run_main_create(tmp_path, root)
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    shutil.copy(root.parent / "sources" / "simfish_1.h5ad", folder)
+    (folder / "bad.h5ad").write_text("no HDF5")
+    command = ["ingest", catalog, folder, "--technology", "SimFISH", *INGEST, "--cluster", address]
+    result = run_main(*command)
+    assert result.code == 3
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: bad: ")
+    assert "bad.h5ad cannot be read" in line
+    assert (result.json["slices"], list(result.json["refused"])) == (["simfish_1"], ["bad"])
+    whole = run_main(*command, "--all-or-nothing")
+    assert (whole.code, whole.out) == (3, "")
+    assert whole.err.startswith("error: nothing was ingested, 'bad' cannot be: ")
+    assert list(open_catalog(catalog).state.slices) == ["simfish_1"]
+
+
+def test_ingest_takes_a_sheet(root, tmp_path):
+    catalog = run_main_create(tmp_path, root)
+    sheet = tmp_path / "sheet.csv"
+    sheet.write_text(f"source,slice_id,technology\n{root.parent / 'sources' / 'simfish_1.h5ad'},first,SimFISH\n")
+    result = run_main("ingest", catalog, sheet, *INGEST)
+    assert (result.code, result.err) == (0, "")
+    assert open_catalog(catalog).slice("first").technology == "SimFISH"
+
+
+def test_ingest_replaces_a_slice_when_it_is_told(root, tmp_path):
+    catalog = Path(shutil.copytree(root, tmp_path / "atlas"))
+    source = write_h5ad(tmp_path / "new.h5ad", make_adata())
+    command = ["ingest", catalog, source, "--technology", "MERFISH", *INGEST, "--slice-id", "simmap_1"]
+    assert run_main(*command).code == 3
+    assert run_main(*command, "--no-replace").code == 3
+    result = run_main(*command, "--replace")
+    assert (result.code, result.err) == (0, "")
+    (part,) = (part for part in run_main("status", catalog, "--json").json["slices"] if part["slice_id"] == "simmap_1")
+    assert (part["n_cells"], part["stages"]["embed"], part["reasons"]["embed"]) == (30, "missing", "not run yet")
+
+
+def test_ingest_makes_a_slice_of_each_value_of_a_column(root, tmp_path, address):
     catalog = run_main_create(tmp_path, root)
     source = write_h5ad(tmp_path / "sections.h5ad", make_adata())
-    options = ["--technology", "MERFISH", "--organism", "mouse", "--unit", "um", "--slice-key", "section"]
-    result = run_main("ingest", catalog, source, *options, "--slice-id", "part", "--json")
+    options = ["--technology", "MERFISH", *INGEST, "--slice-key", "section", "--cluster", address]
+    result = run_main("ingest", catalog, source, *options, "--slice-id", "part")
     assert (result.code, result.err) == (0, "")
     assert result.json["slices"] == ["part_one", "part_two"]
     assert [record.n_cells for record in open_catalog(catalog).state.slices.values()] == [15, 15]
+
+
+def test_configure_says_the_version_and_status_says_why(root, tmp_path):
+    catalog = Path(shutil.copytree(root, tmp_path / "atlas"))
+    result = run_main("configure", catalog, "--set", "propagation.alpha=0.5", "--json")
+    assert (result.code, result.err, result.json) == (0, "", {"version": 7})
+    reasons = run_main("status", catalog, "--json").json["slices"][0]["reasons"]
+    assert reasons["embed"] == "propagation.alpha changed from 1.0 to 0.5"
+    assert {"embed", "integrate"} <= set(run_main("plan", catalog, "--json").json["stages"])
+    assert "propagate" not in run_main("plan", catalog, "--json").json["stages"]
+
+
+def test_configure_refuses_what_cannot_change(root):
+    result = run_main("configure", root, "--set", "tile.tile_cells=7")
+    assert (result.code, result.out) == (3, "")
+    assert "tile.tile_cells of" in result.err
 
 
 def run_main_create(folder, root):
@@ -249,12 +328,14 @@ def run_main_create(folder, root):
 
 def test_status_says_what_the_catalog_holds(root):
     state = run_main("status", root, "--json").json
-    assert set(state) == {"version", "n_cells", "autoencoder", "tokens", "slices"}
+    models = {"autoencoder", "autoencoder_status", "autoencoder_reason", "tokens"}
+    assert set(state) == {"version", "n_cells", "slices", *models}
     assert (state["version"], state["n_cells"]) == (6, 4 * N_CELLS)
     assert [part["slice_id"] for part in state["slices"]] == list(IDS)
     for part in state["slices"]:
         assert {"slice_id", "technology", "n_cells", "n_genes", "stages", "autoencoder", "token"} <= set(part)
         assert list(part["stages"]) == STAGES
+        assert set(part["reasons"]) == {stage for stage, found in part["stages"].items() if found != "done"}
         assert part["n_cells"] == N_CELLS
 
 
@@ -292,7 +373,7 @@ def test_verify_finds_no_problem_in_a_whole_catalog(root):
 
 
 def test_verify_tells_people_that_all_is_well(root):
-    result = run_main("verify", root, "--version", 2)
+    result = run_main("verify", root, "--version", 2, "--deep")
     assert (result.code, result.out) == (0, "version 2 is whole\n")
 
 

@@ -21,7 +21,8 @@ from lloki_atlas.engine.outputs import Output
 from lloki_atlas.engine.plan import Outcome, Plan, Task, link, run_task
 from lloki_atlas.errors import FormatError, InputError, MemoryBudgetError, NotFoundError
 from lloki_atlas.store.arrays import ArraySpec, read_arrays, read_attributes
-from lloki_atlas.store.objects import check_object, is_complete, publish, read_receipt
+from lloki_atlas.store.objects import check_object, is_complete, read_receipt
+from lloki_atlas.store.publishing import publish
 
 ROWS = np.arange(N_ROWS, dtype=np.float32)
 EXPECTED = np.stack([ROWS, np.sqrt(ROWS)], axis=1)
@@ -278,16 +279,17 @@ def test_a_summary_counts_tasks_and_cells_of_every_stage(tmp_path):
     assert plan.summary() == {
         "tasks": 5,
         "projected_memory": 7,
+        "writes": 80,
         "stages": {
-            "first": {"tasks": 1, "cells": 10, "projected_memory": 7},
-            "second": {"tasks": 4, "cells": 12, "projected_memory": 0},
+            "first": {"tasks": 1, "cells": 10, "projected_memory": 7, "writes": 0},
+            "second": {"tasks": 4, "cells": 12, "projected_memory": 0, "writes": 80},
         },
     }
 
 
 def test_an_empty_plan_needs_no_memory_and_has_no_stages():
     plan, _ = plan_of()
-    assert plan.summary() == {"tasks": 0, "projected_memory": 0, "stages": {}}
+    assert plan.summary() == {"tasks": 0, "projected_memory": 0, "writes": 0, "stages": {}}
 
 
 def test_an_empty_plan_commits_without_a_cluster():

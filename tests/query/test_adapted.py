@@ -15,7 +15,8 @@ from support.atlases import (
 
 from lloki_atlas.errors import InputError
 from lloki_atlas.query import nearest_cells, select_cells
-from lloki_atlas.stages.pipeline import plan, status
+from lloki_atlas.stages.pipeline import plan
+from lloki_atlas.stages.status import status
 from lloki_atlas.store.catalog import open_catalog
 
 

@@ -28,11 +28,12 @@ from lloki_atlas.stages import adapt_tasks
 from lloki_atlas.stages.adapt import adaptation_report
 from lloki_atlas.stages.adapt_tasks import token_description
 from lloki_atlas.stages.lineage import platform_name
-from lloki_atlas.stages.pipeline import plan, status, train_autoencoder
+from lloki_atlas.stages.pipeline import plan, train_autoencoder
+from lloki_atlas.stages.status import status
 from lloki_atlas.stages.train import checkpoint_description
 from lloki_atlas.store.arrays import read_arrays, write_arrays
 from lloki_atlas.store.catalog import open_catalog, verify
-from lloki_atlas.store.objects import publish
+from lloki_atlas.store.publishing import publish
 
 
 @pytest.fixture

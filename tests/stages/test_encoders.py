@@ -19,6 +19,7 @@ from lloki_atlas.errors import ConflictError, InputError
 from lloki_atlas.stages import pipeline
 from lloki_atlas.stages.adapt import adaptation_report
 from lloki_atlas.stages.adapt_tasks import token_description
+from lloki_atlas.stages.lineage import expected_objects
 from lloki_atlas.stages.pipeline import plan, train_autoencoder
 from lloki_atlas.store.catalog import commit, open_catalog
 from lloki_atlas.store.records import Change
@@ -39,7 +40,7 @@ def test_a_device_that_embeds_also_encodes_with_a_token_that_is_there(after, sou
     twin = add_slice(after, sources / f"{NEW}.h5ad", "simish_again", technology=TECHNOLOGY)
     record = twin.slice("simish_again")
     encoders = pipeline.choose_encoders(twin, ["simish_again"])
-    keys = pipeline.expected_objects(twin, record)
+    keys = expected_objects(twin, record)
     arguments, _ = pipeline._encoding(twin, record, keys, encoders)
     assert arguments["model_path"] == str(twin.path("models", tokens(twin)[role_of(twin)]))
 

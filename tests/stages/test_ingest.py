@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 import warnings
 
 import anndata
@@ -20,7 +23,8 @@ from lloki_atlas.stages.ingest import ingest
 from lloki_atlas.stages.sources import section_values
 from lloki_atlas.store.arrays import write_arrays
 from lloki_atlas.store.catalog import commit, open_catalog, verify
-from lloki_atlas.store.objects import publish
+from lloki_atlas.store.objects import receipt_path
+from lloki_atlas.store.publishing import publish
 from lloki_atlas.store.records import Change
 from lloki_atlas.store.slices import SliceStore
 
@@ -266,6 +270,96 @@ def test_known_id_with_other_content_is_refused(catalog, options):
     assert folder_digest(first.root) == before
 
 
+def changed_file(tmp_path):
+    """A file that is ingested, and then changes."""
+    path = write_h5ad(tmp_path / "tiny.h5ad", make_adata())
+    return path, lambda: write_h5ad(path, make_adata(seed=1))
+
+
+def test_a_file_that_changed_is_a_new_version_of_its_slice(catalog, tmp_path):
+    source, change = changed_file(tmp_path)
+    first = put(catalog, source)
+    change()
+    second = put(first, source)
+    assert second.version == first.version + 1
+    assert second.slice("one").objects != first.slice("one").objects
+    before = open_catalog(first.root, version=first.version)
+    assert stored(before).metadata["source_digest"] != stored(second).metadata["source_digest"]
+    assert verify(before) == verify(second) == []
+
+
+def test_a_file_that_is_read_in_another_way_is_a_new_version_of_its_slice(catalog, tmp_path):
+    first = put(catalog, changed_file(tmp_path)[0])
+    assert put(first, tmp_path / "tiny.h5ad", technology="STARmap").slice("one").technology == "STARmap"
+
+
+def test_a_file_that_changed_is_refused_when_it_may_not_replace(catalog, tmp_path):
+    source, change = changed_file(tmp_path)
+    first = put(catalog, source)
+    change()
+    with pytest.raises(InputError, match="already with other content"):
+        put(first, source, replace=False)
+
+
+def test_any_source_replaces_a_slice_when_it_is_told(catalog):
+    first = put(catalog, make_adata())
+    second = put(first, make_adata(seed=1), replace=True)
+    assert second.slice("one").objects != first.slice("one").objects
+    assert put(second, make_adata(seed=1), replace=True) is second
+
+
+def test_a_replaced_slice_has_no_later_stage(catalog, tmp_path):
+    first = put(catalog, make_adata())
+    record = first.slice("one")
+    objects = {**record.objects, "tile": publish_statistics(first)}
+    later = commit(first, Change(slices={"one": dataclasses.replace(record, objects=objects)}), message="ran")
+    assert list(put(later, make_adata(seed=1), replace=True).slice("one").objects) == ["ingest"]
+
+
+def publish_statistics(catalog):
+    write_arrays(catalog.path("staging", "s"), {"x": np.zeros(1)}, dims={"x": ("one",)}, attributes={})
+    publish(catalog.path("staging", "s"), catalog.path("statistics", "1" * 32), lineage={})
+    return "1" * 32
+
+
+def test_the_same_request_of_the_same_bytes_is_known_without_parsing(catalog, tmp_path, monkeypatch):
+    source = write_h5ad(tmp_path / "tiny.h5ad", make_adata())
+    first = put(catalog, source, label_key="cell_type")
+    monkeypatch.setattr(module, "open_source", None)
+    assert put(first, source, label_key=["cell_type"]) is first
+    (tmp_path / "copy.h5ad").write_bytes(source.read_bytes())
+    assert put(first, tmp_path / "copy.h5ad", label_key="cell_type") is first
+
+
+@pytest.mark.parametrize("options", [{"empty_cells": "keep"}, {"accept_normalized": True}, {"table": None}], ids=str)
+def test_another_request_of_the_same_bytes_is_parsed(catalog, tmp_path, monkeypatch, options):
+    source = write_h5ad(tmp_path / "tiny.h5ad", make_adata())
+    first = put(catalog, source)
+    parsed = []
+    original = module.open_source
+    monkeypatch.setattr(module, "open_source", lambda *given, **how: parsed.append(how) or original(*given, **how))
+    assert put(first, source, **options) is first
+    assert len(parsed) == (0 if options == {"table": None} else 1)
+
+
+def test_another_gene_map_under_the_same_name_is_another_request(catalog, tmp_path):
+    source, genes = write_h5ad(tmp_path / "tiny.h5ad", make_adata()), tmp_path / "genes.tsv"
+    genes.write_text("Gad1\tGAD1\n")
+    first = put(catalog, source, gene_map=genes)
+    genes.write_text("Gad1\tTP53\n")
+    assert stored(put(first, source, gene_map=genes)).symbols[0] == "TP53"
+
+
+def test_a_receipt_of_an_earlier_release_means_parsing_again(catalog, tmp_path):
+    source = write_h5ad(tmp_path / "tiny.h5ad", make_adata())
+    first = put(catalog, source)
+    receipt = receipt_path(stored(first).path)
+    content = json.loads(receipt.read_bytes())
+    del content["lineage"]["request"]
+    receipt.write_text(json.dumps(content))
+    assert put(first, source) is first
+
+
 def test_other_writer_of_the_same_id_is_a_conflict(catalog):
     put(catalog, make_adata())
     with pytest.raises(ConflictError, match="meanwhile: open the head"):
@@ -366,3 +460,18 @@ def test_real_slice_is_ingested(catalog, data_folder, name, section, n_cells, al
     assert (store.counts() != source.X[rows]).nnz == 0
     assert np.array_equal(store.coordinates(), source.obsm["spatial"][rows])
     assert alias in store.metadata["gene_report"]["not_exact"]
+
+
+@pytest.mark.parametrize("lost", ["folder", "folder and receipt"])
+def test_ingesting_again_restores_a_lost_object_and_makes_no_version(catalog, tmp_path, lost):
+    source = write_h5ad(tmp_path / "tiny.h5ad", make_adata())
+    done = put(catalog, source)
+    path = done.path("slices", done.slice("one").objects["ingest"])
+    before = folder_digest(path)
+    shutil.rmtree(path)
+    if lost == "folder and receipt":
+        receipt_path(path).unlink()
+    again = put(done, source)
+    assert again.version == done.version
+    assert folder_digest(path) == before
+    assert verify(again) == []

@@ -19,14 +19,15 @@ from support.atlases import (
 )
 from support.folders import folder_digest
 
+from lloki_atlas.config import digest
 from lloki_atlas.engine.plan import Outcome
 from lloki_atlas.errors import InputError, NotFoundError
-from lloki_atlas.stages import embed
-from lloki_atlas.stages.lineage import STAGES, expected_objects, stage_status
-from lloki_atlas.stages.pipeline import plan, run, status, train_autoencoder
+from lloki_atlas.stages import embed, pipeline
+from lloki_atlas.stages.lineage import MADE_OF, STAGES, expected_objects, stage_status
+from lloki_atlas.stages.pipeline import plan, run, train_autoencoder
 from lloki_atlas.stages.train import checkpoint_description
 from lloki_atlas.store.catalog import Catalog, commit, history, open_catalog, verify
-from lloki_atlas.store.objects import is_complete
+from lloki_atlas.store.objects import is_complete, read_receipt
 from lloki_atlas.store.records import STAGE_KINDS, CatalogState, Change
 
 DONE = dict.fromkeys(STAGES, "done")
@@ -211,6 +212,48 @@ def test_a_new_slice_of_an_unknown_panel_is_refused_with_advice(with_unknown):
         plan(with_unknown)
 
 
+def test_a_new_model_encodes_again_and_embeds_nothing(catalog, client):
+    before = all_bytes(catalog)
+    changed = with_settings(catalog, "autoencoder", n_epochs=1)
+    assert set(stages(plan(changed))) == {"train", "integrate"}
+    after = all_bytes(run(changed, client=client, progress=False))
+    assert {key for key in before if before[key] != after[key]} == {key for key in before if key[1] == "X_lloki"}
+
+
+@pytest.mark.parametrize("until", ["embed", "integrate"])
+def test_a_plan_of_many_slices_is_that_of_few(catalog, sources, monkeypatch, until):
+    grown = add_slice(catalog, sources, "simfish_2")
+    few = plan(grown, until=until).tasks
+    monkeypatch.setattr(pipeline, "FEW_SLICES", 0)
+    assert plan(grown, until=until).tasks == few
+    assert few
+
+
+def test_receipts_say_what_the_key_of_an_object_is_made_of(built):
+    catalog = open_catalog(built)
+    for record in catalog.state.slices.values():
+        for stage in STAGES[1:]:
+            key = record.objects[stage]
+            made = read_receipt(catalog.path(STAGE_KINDS[stage], key)).lineage[MADE_OF]
+            assert (made["stage"], digest(made)) == (stage, key)
+    model = catalog.state.models["autoencoder"]
+    assert digest(read_receipt(catalog.path("models", model)).lineage[MADE_OF]) == model
+
+
+def test_a_plan_says_how_many_bytes_it_writes_at_most(fresh):
+    made = plan(fresh)
+    before = size_of(fresh.root)
+    said = made.summary()
+    assert said["writes"] == sum(part["writes"] for part in said["stages"].values())
+    assert said["stages"]["embed"]["writes"] >= 2 * N_CELLS * 512 * 2
+    run_here(made)
+    assert 0 < size_of(fresh.root) - before <= said["writes"]
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def test_a_new_slice_of_an_unknown_panel_can_be_embedded(with_unknown):
     done = run_here(plan(with_unknown, until="embed"))
     assert statuses(done)["simish_1"] == {**DONE, "integrate": "missing"}
@@ -388,24 +431,6 @@ def test_a_catalog_that_is_open_for_reading_is_refused_before_anything_runs(inge
     with pytest.raises(InputError, match="open for reading: open it with mode='r\\+'"):
         verb(open_catalog(ingested), progress=False, n_workers=-1)
     assert folder_digest(ingested) == before
-
-
-def test_a_status_lists_every_slice_with_its_stages_and_models(built):
-    catalog = open_catalog(built)
-    found, model = status(catalog), catalog.state.models["autoencoder"]
-    assert (found["autoencoder"], found["tokens"]) == (model, {})
-    assert (found["version"], found["n_cells"]) == (4, 2 * N_CELLS)
-    assert [part["slice_id"] for part in found["slices"]] == sorted(SLICES)
-    assert found["slices"][0] == {
-        "slice_id": "simfish_1",
-        "technology": "SimFISH",
-        "organism": "mouse",
-        "n_cells": N_CELLS,
-        "n_genes": 33,
-        "stages": DONE,
-        "autoencoder": model[:8],
-        "token": None,
-    }
 
 
 def test_recorded_objects_are_those_that_are_expected(built):

@@ -24,7 +24,7 @@ from lloki_atlas.engine.plan import link, run_task
 from lloki_atlas.errors import InputError, MemoryBudgetError, NotFoundError
 from lloki_atlas.kernels.neighbors import nearest_neighbors
 from lloki_atlas.simulation import simulate
-from lloki_atlas.stages import pipeline, propagate_tasks
+from lloki_atlas.stages import propagate_tasks
 from lloki_atlas.stages.create import create_catalog
 from lloki_atlas.stages.lineage import expected_objects
 from lloki_atlas.stages.pipeline import plan, run
@@ -344,7 +344,7 @@ def test_only_what_belongs_to_a_key_is_cleaned_up(tmp_path, atlas):
     for left in ("abc.space", "abc.search1-0.json", "abcd.space", "abc"):
         Path(catalog.path("staging", left)).parent.mkdir(exist_ok=True)
         Path(catalog.path("staging", left)).write_text("")
-    pipeline.clean_up(catalog, "abc")
+    outcome.clean_up(catalog, "abc")
     assert left_behind(catalog) == ["abc", "abcd.space"]
 
 

@@ -68,9 +68,15 @@ def test_a_catalog_is_not_made_at_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("call", [open_catalog, tiny_catalog, list_versions])
-def test_an_address_is_no_location(call):
-    with pytest.raises(InputError, match="local folder"):
-        call("s3://bucket/atlas")
+def test_an_address_of_another_kind_is_no_location(call):
+    with pytest.raises(InputError, match="use a folder, or one of s3://"):
+        call("https://host/atlas")
+
+
+@pytest.mark.parametrize("call", [open_catalog, tiny_catalog, list_versions])
+def test_a_whole_bucket_is_no_location(call):
+    with pytest.raises(InputError, match="name a folder in it"):
+        call("s3://bucket")
 
 
 @pytest.mark.parametrize("call", [open_catalog, list_versions])

@@ -57,22 +57,25 @@ def test_eight_makers_of_one_catalog_have_one_winner(tmp_path):
     assert open_catalog(tmp_path / "a").state.config == winner.state.config
 
 
-def test_four_processes_of_ten_commits_lose_none(tmp_path):
-    tiny_catalog(tmp_path)
+@pytest.mark.parametrize(("kind", "n_writers", "n_commits"), [("folder", 4, 10), ("bucket", 3, 4)])
+def test_processes_that_commit_at_once_lose_nothing(request, tmp_path, kind, n_writers, n_commits):
+    root = tmp_path if kind == "folder" else f"{request.getfixturevalue('bucket')}/atlas"
+    tiny_catalog(root)
     context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(4), context.Queue()
+    start, results = context.Barrier(n_writers), context.Queue()
     workers = [
-        context.Process(target=commit_in_process, args=(tmp_path, writer, start, results)) for writer in range(4)
+        context.Process(target=commit_in_process, args=(root, writer, start, results, n_commits))
+        for writer in range(n_writers)
     ]
     for worker in workers:
         worker.start()
     versions = [version for _ in workers for version in results.get(timeout=200)]
     for worker in workers:
         worker.join()
-    head = open_catalog(tmp_path)
-    assert sorted(versions) == list(range(2, 42))
-    assert set(head.state.slices) == {f"w{writer}-{step}" for writer in range(4) for step in range(10)}
-    assert len({record.owner for record in history(head)}) == 41
+    head = open_catalog(root)
+    assert sorted(versions) == list(range(2, 2 + n_writers * n_commits))
+    assert set(head.state.slices) == {f"w{writer}-{step}" for writer in range(n_writers) for step in range(n_commits)}
+    assert len({record.owner for record in history(head)}) == 1 + n_writers * n_commits
     assert verify(head) == []
 
 

@@ -100,7 +100,7 @@ def _flip(path):
 
 
 def _newer(path):
-    path.write_bytes(canonical_json({**json.loads(path.read_bytes()), "format": 2}))
+    path.write_bytes(canonical_json({**json.loads(path.read_bytes()), "format": 3}))
 
 
 RECORD_DAMAGE = {

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from support.folders import folder_digest
 
 from lloki_atlas.errors import FormatError, NotFoundError
-from lloki_atlas.store import objects
-from lloki_atlas.store.objects import check_object, file_digests, is_complete, publish, read_receipt
+from lloki_atlas.store import publishing
+from lloki_atlas.store.objects import check_object, file_digests, is_complete, read_receipt, require_whole
+from lloki_atlas.store.publishing import publish
 
 
 def _staged(folder, text="text"):
@@ -91,7 +92,7 @@ def test_a_crash_between_rename_and_receipt_is_mended_by_a_retry(tmp_path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(objects, "create_exclusive", crash)
+        patch.setattr(publishing, "create_exclusive", crash)
         with pytest.raises(OSError, match="No space"):
             publish(staged, final, lineage={})
     assert final.exists()
@@ -181,3 +182,24 @@ def test_any_flipped_bit_is_found(tmp_path_factory, position, bit):
     data[position] ^= 1 << bit
     (folder / "k" / "c" / "0").write_bytes(data)
     assert len(check_object(folder / "k")) == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter", "another"])
+def test_an_object_that_is_not_whole_is_refused(tmp_path, damage):
+    final = tmp_path / "graphs" / "k.zarr"
+    publish(_staged(tmp_path / "s"), final, lineage={})
+    require_whole(final)
+    file = next(path for path in sorted(final.rglob("*")) if path.is_file() and path.stat().st_size)
+    if damage == "gone":
+        file.unlink()
+    elif damage == "shorter":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        (final / "stray").write_bytes(b"1")
+    with pytest.raises(FormatError, match=r"file .* of graphs/k.zarr has .* bytes where .* restore it from a copy"):
+        require_whole(final)
+
+
+def test_what_is_not_published_is_not_looked_at(tmp_path):
+    require_whole(_staged(tmp_path / "s"))
+    require_whole(tmp_path / "nothing")

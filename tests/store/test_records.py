@@ -10,6 +10,7 @@ import pytest
 from lloki_atlas.errors import FormatError, InputError, NotFoundError
 from lloki_atlas.store.records import (
     KINDS,
+    RECORD_FORMAT,
     STAGE_KINDS,
     CatalogState,
     Change,
@@ -70,7 +71,7 @@ def test_what_is_no_record_is_damaged(content):
 
 def test_a_record_of_a_newer_format_asks_for_an_update_whatever_else_it_says():
     with pytest.raises(FormatError, match="update lloki-atlas"):
-        VersionRecord.from_json({"format": 2, "unknown": True}, where="x")
+        VersionRecord.from_json({"format": RECORD_FORMAT + 1, "unknown": True}, where="x")
 
 
 def test_each_stage_has_a_kind_of_folder():

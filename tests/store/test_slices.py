@@ -14,6 +14,7 @@ from support.folders import folder_digest
 from support.stores import tiny_slice, write_slice
 
 from lloki_atlas.errors import FormatError, InputError, NotFoundError
+from lloki_atlas.store.publishing import publish
 from lloki_atlas.store.slices import SliceStore, Tile
 
 DATA = tiny_slice()
@@ -188,3 +189,14 @@ def test_cells_without_counts_are_empty_rows(tmp_path):
 def test_a_tile_holds_a_cell(start, stop):
     with pytest.raises(FormatError):
         Tile(0, start, stop, (0.0, 0.0, 1.0, 1.0))
+
+
+def test_a_chunk_that_is_gone_from_a_published_slice_is_no_zeros(tmp_path):
+    staging = write_slice(tmp_path / "s", DATA)
+    final = tmp_path / "slices" / "k.zarr"
+    publish(staging, final, lineage={})
+    assert SliceStore(final).counts().nnz == DATA.X.nnz
+    chunk = next((final / "tables" / "table" / "X" / "data" / "c").iterdir())
+    chunk.unlink()
+    with pytest.raises(FormatError, match="restore it from a copy"):
+        SliceStore(final).counts()

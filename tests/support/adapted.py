@@ -10,7 +10,7 @@ from support.atlases import add_slice, copied
 
 from lloki_atlas.stages.adapt import adapt_autoencoder
 from lloki_atlas.stages.lineage import platform_name
-from lloki_atlas.stages.pipeline import status
+from lloki_atlas.stages.status import status
 from lloki_atlas.store.catalog import Catalog
 
 NEW, TECHNOLOGY = "simish_1", "SimISH"

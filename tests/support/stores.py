@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,14 @@ import numpy as np
 
 from lloki_atlas.config import digest
 from lloki_atlas.store.catalog import Catalog, commit, create_store, open_catalog
-from lloki_atlas.store.objects import create_exclusive, publish
+from lloki_atlas.store.durable import create_exclusive
+from lloki_atlas.store.objects import receipt_path
+from lloki_atlas.store.places import Place
+from lloki_atlas.store.publishing import own_staging, publish
 from lloki_atlas.store.records import STAGE_KINDS, Change, SliceRecord
 
 
-def tiny_catalog(root: str | Path) -> Catalog:
+def tiny_catalog(root: str | Place) -> Catalog:
     """Make a catalog without slices, open for commits."""
     return create_store(root, Change(config={"tile": {"tile_cells": 4}}), message="made for a test")
 
@@ -25,13 +27,13 @@ def publish_object(catalog: Catalog, kind: str, content: str, *, finished: bool 
     """Publish an object with two files made of `content`; its key."""
     key = digest([kind, content])
     final = catalog.path(kind, key)
-    staging = catalog.path("staging", f"{key}-{uuid.uuid4().hex}")
-    (staging / "part").mkdir(parents=True)
-    (staging / "zarr.json").write_text(json.dumps({"content": content}))
-    (staging / "part" / "0").write_bytes(content.encode() * 50)
-    publish(staging, final, lineage={"content": content})
+    with own_staging(catalog.path("staging", key)) as staging:
+        (staging / "part").mkdir(parents=True)
+        (staging / "zarr.json").write_text(json.dumps({"content": content}))
+        (staging / "part" / "0").write_bytes(content.encode() * 50)
+        publish(staging, final, lineage={"content": content})
     if not finished:
-        final.with_name(final.name + ".json").unlink()
+        receipt_path(final).unlink()
     return key
 
 
@@ -54,11 +56,11 @@ def create_in_process(folder: Path, token: int, start: Any, results: Any) -> Non
     results.put([create_exclusive(folder / str(number), b"%d" % token) for number in range(20)])
 
 
-def commit_in_process(root: Path, writer: int, start: Any, results: Any) -> None:
-    """Commit 10 slices, each from the catalog as it was before the start; puts the versions made."""
+def commit_in_process(root: Path | str, writer: int, start: Any, results: Any, commits: int = 10) -> None:
+    """Commit so many slices, each from the catalog as it was before the start; puts the versions made."""
     catalog = open_catalog(root, mode="r+")
     start.wait()
-    results.put([commit_slice(catalog, f"w{writer}-{step}").version for step in range(10)])
+    results.put([commit_slice(catalog, f"w{writer}-{step}").version for step in range(commits)])
 
 
 def tiny_slice(n_cells: int = 11, n_genes: int = 4, *, seed: int = 0) -> Any:
