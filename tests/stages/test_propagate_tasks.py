@@ -24,7 +24,7 @@ from lloki_atlas.engine.plan import link, run_task
 from lloki_atlas.errors import InputError, MemoryBudgetError, NotFoundError
 from lloki_atlas.kernels.neighbors import nearest_neighbors
 from lloki_atlas.simulation import simulate
-from lloki_atlas.stages import propagate_tasks
+from lloki_atlas.stages import outcome, propagate_tasks
 from lloki_atlas.stages.create import create_catalog
 from lloki_atlas.stages.lineage import expected_objects
 from lloki_atlas.stages.pipeline import plan, run
