@@ -13,6 +13,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from lloki_atlas.config import AtlasConfig, load_toml
 from lloki_atlas.errors import InputError
 
+# the catalog's folder is called by it where none is given
+_NAME = re.compile(r"\w[\w .+-]*")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -100,6 +102,8 @@ def read_manifest(path: str | Path) -> Manifest:
     atlas = _table(_Atlas, content.get("atlas", {}), f"{path} [atlas]")
     if not atlas.name:
         raise InputError(f'{path} has no name: begin with [atlas] and name = "..."')
+    if not _NAME.fullmatch(atlas.name):
+        raise InputError(f"{path} has the name {atlas.name!r}: a folder is called by it, use letters, digits, '-', '_'")
     if not isinstance(content.get("slices", []), list):
         raise InputError(f"{path} has one table [slices]: write [[slices]], once for every slice")
     simulation = _table(Simulation, content["simulate"], f"{path} [simulate]") if "simulate" in content else None

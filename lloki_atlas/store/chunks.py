@@ -61,7 +61,7 @@ def read_plain(array: zarr.Array, folder: Place, start: int, stop: int) -> np.nd
         begin, end = max(first, start), min(first + chunk_rows, stop)
         part = values[begin - start : end - start]
         try:
-            if not _read_into(part, folder / _file(array, first), (begin - first) * row_bytes):
+            if not _read_into(part, _own_file(folder, _file(array, first)), (begin - first) * row_bytes):
                 raise damaged(array)
         except FileNotFoundError:
             if is_complete(folder.parent):  # a published object has all of its chunks
@@ -80,6 +80,8 @@ def read_plain_pieces(
     FormatError
         If a file is cut short, or gone.
     """
+    for name in {_file(array, first) for first, _ in pieces}:
+        _own_file(folder, name)
     with storage_errors(array.store_path):
         sync(_read_pieces(array, folder, pieces, places))
 
@@ -183,6 +185,16 @@ async def _read_pieces(
             place[...] = np.frombuffer(found.as_numpy_array(), dtype=array.dtype).reshape(place.shape)
 
     await asyncio.gather(*(read(piece, place) for piece, place in zip(pieces, places, strict=True)))
+
+
+def _own_file(folder: Place, name: str) -> Place:
+    """A file of the array in this folder; FormatError where a link below the object leads to another."""
+    file = folder / name
+    if isinstance(folder, ObjectPlace) or isinstance(file, ObjectPlace):
+        return file
+    if os.path.realpath(file) != os.path.join(os.path.realpath(folder.parent), folder.name, name):  # noqa: PTH118
+        raise FormatError(f"{file} is reached by a link: a catalog holds its own files, copy what it points to")
+    return file
 
 
 def _file(array: zarr.Array, row: int) -> str:

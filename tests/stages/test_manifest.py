@@ -78,6 +78,9 @@ def test_a_simulation_needs_neither_reference_nor_slices(read):
 MISTAKES = {
     "no name": (WHOLE.replace('name = "cortex"', ""), r'has no name: begin with \[atlas\] and name = "..."'),
     "no atlas": (REFERENCE + SLICE, "has no name"),
+    "a name that climbs": (WHOLE.replace('"cortex"', '"../cortex"'), "use letters, digits"),
+    "a name that is a path": (WHOLE.replace('"cortex"', '"/tmp/cortex"'), "use letters, digits"),
+    "a name that is an address": (WHOLE.replace('"cortex"', '"s3://bucket/cortex"'), "use letters, digits"),
     "empty name": (WHOLE.replace('"cortex"', '""'), "has no name"),
     "name of another type": (WHOLE.replace('"cortex"', "5"), r"'name' in .*\[atlas\] is 5: give a str"),
     "data of another type": (WHOLE.replace("[reference]", "data = 3\n[reference]", 1), r"'data' in .* give a str"),

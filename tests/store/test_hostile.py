@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from support.folders import folder_digest
 from support.housekeeping import grow_old, quick_disk, rewrite_record
@@ -13,6 +14,7 @@ from support.stores import commit_slice, publish_object, tiny_catalog
 
 from lloki_atlas.config import canonical_json, digest
 from lloki_atlas.errors import FormatError, InputError, LlokiAtlasError
+from lloki_atlas.store.arrays import ArraySpec, create_arrays, read_row_blocks, read_rows, write_rows
 from lloki_atlas.store.catalog import NAMES, commit, create_store, open_catalog, verify
 from lloki_atlas.store.objects import check_object, read_receipt
 from lloki_atlas.store.portable import export_version, import_version
@@ -309,3 +311,24 @@ def test_no_settings_of_a_foreign_catalog_are_trusted_as_paths(foreign, own, out
 def test_no_path_is_made_of_such_a_key(own, key):
     with pytest.raises(InputError, match="is not a key"):
         own.path("slices", key)
+
+
+@pytest.mark.parametrize("part", ["X_fp", "X_fp/c", "X_fp/c/0", "X_fp/c/0/0"])
+def test_rows_are_not_read_through_a_link(tmp_path, outside, part):
+    for folder in (tmp_path / "object", outside / "object"):
+        create_arrays(folder, {"X_fp": ArraySpec((4, 2), "float16", 2, ("cell", "k"))})
+        write_rows(folder, "X_fp", 0, np.ones((4, 2), np.float16))
+    assert read_rows(tmp_path / "object", "X_fp", 0, 4).all()
+    link = tmp_path / "object" / part
+    shutil.rmtree(link) if link.is_dir() else link.unlink()
+    link.symlink_to(outside / "object" / part)
+    for read in (lambda path: read_rows(path, "X_fp", 0, 4), lambda path: read_row_blocks(path, "X_fp", [(0, 1)])):
+        with pytest.raises(FormatError, match="reached by a link"):
+            read(tmp_path / "object")
+
+
+def test_a_catalog_that_is_reached_by_a_link_is_read(tmp_path):
+    create_arrays(tmp_path / "atlas" / "object", {"X_fp": ArraySpec((4, 2), "float16", 2, ("cell", "k"))})
+    write_rows(tmp_path / "atlas" / "object", "X_fp", 0, np.ones((4, 2), np.float16))
+    (tmp_path / "link").symlink_to(tmp_path / "atlas")
+    assert read_rows(tmp_path / "link" / "object", "X_fp", 0, 4).all()
