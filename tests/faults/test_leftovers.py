@@ -144,7 +144,7 @@ def test_markers_that_outlived_all_their_rows_cost_one_run(left, built):
 
 
 @pytest.mark.parametrize("lost", ["receipt", "folder"])
-@pytest.mark.parametrize("kind", ["statistics", "panels", "graphs", "embeddings"])
+@pytest.mark.parametrize("kind", ["graphs", "embeddings"])
 def test_half_of_a_published_object_is_made_whole(built, tmp_path, kind, lost):
     root = copied(built, tmp_path / "atlas").root
     for receipt in (root / kind).glob("*.json"):

@@ -126,6 +126,7 @@ def test_a_model_is_fetched_once_and_checked(stored, bucket, tmp_path, monkeypat
         (model / "autoencoder.json").write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_a_platform_is_adapted_to(stored, sources, client):
     before = {name: read_receipt(stored.path(*split_name(name))).digest for name in stored.state.objects}
     catalog = add_slice(open_catalog(str(stored.root), version=stored.version, mode="r+"), sources, "simish_1")

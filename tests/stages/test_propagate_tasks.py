@@ -164,6 +164,7 @@ def test_vectors_are_the_same_however_the_work_is_cut(atlas, built, tile_cells):
     assert left_behind(catalog) == []
 
 
+@pytest.mark.slow
 def test_two_workers_change_no_byte_of_a_chain(atlas, built):
     catalog = run(atlas({**CHAINED, **STREAMED}), progress=False, n_workers=2)
     assert all_bytes(catalog) == all_bytes(built)

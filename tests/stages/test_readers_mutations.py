@@ -150,7 +150,7 @@ def test_a_good_source_becomes_a_slice(workplace, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@mutations(25)
+@mutations(10)
 @given(edits=EDITS)
 def test_a_damaged_source_becomes_a_slice_or_is_refused(workplace, kind, edits):
     check(workplace, kind, edits)
