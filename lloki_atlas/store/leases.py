@@ -226,15 +226,16 @@ def _now(own: _Held | None) -> float:
 def _read(file: Place, now: float, *, sweep: bool) -> dict[str, Any] | None:
     """What a lease says, None when it is nobody's any more."""
     try:
-        age = now - file.stat().st_mtime
-        content = json.loads(file.read_bytes())
+        age, data = now - file.stat().st_mtime, file.read_bytes()
+        content = json.loads(data or b"{}")
     except FileNotFoundError:
         return None  # it ended just now
     except ValueError:
-        content = None
+        content = {}
     content = content if isinstance(content, dict) else {}
     pid = content.get("pid")
     is_gone = content.get("machine") == _machine() and isinstance(pid, int) and not _runs(pid)
+    is_gone = is_gone or not data  # leases appear whole: a power failure emptied it, and ended who wrote it
     if is_gone or age > STALE_SECONDS:
         if sweep:
             file.unlink(missing_ok=True)

@@ -154,7 +154,14 @@ def test_a_process_of_this_machine_that_is_gone_counts_no_more(tmp_path, folder)
         assert len(_names(folder)) == 1
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"pid": "many", "machine": 3}', '{"pid": -1}'])
+def test_a_lease_that_a_power_failure_emptied_is_nobodys(tmp_path, folder):
+    file = _leave(folder, collector=True)
+    file.write_text("")
+    with writing(tmp_path, "a test", wait_seconds=0):
+        assert not file.exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"pid": "many", "machine": 3}', '{"pid": -1}'])
 def test_a_lease_that_says_nothing_counts_until_it_is_stale(tmp_path, folder, content):
     file = _leave(folder)
     file.write_text(content)
