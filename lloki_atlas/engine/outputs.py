@@ -61,10 +61,7 @@ class Output:
         """Tiles that the task has yet to fill, none once the object is published."""
         if is_complete(self.path):
             return ()
-        if len(self.tiles) == 1:
-            return () if _holds_bytes(self.marker(self.tiles[0])) else self.tiles
-        there = {marker.name for marker in _markers(self.staging) if _holds_bytes(marker)}
-        return tuple(start for start in self.tiles if self.marker(start).name not in there)
+        return tuple(start for start in self.tiles if not _holds_bytes(self.marker(start)))
 
 
 @contextmanager

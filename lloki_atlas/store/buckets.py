@@ -7,6 +7,7 @@ Credentials, region and endpoint come from the environment, as each provider's o
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -39,9 +40,9 @@ def client(address: str) -> Any:
         If the address or the settings in the environment cannot be used.
     """
     options: dict[str, Any] = {
-        "client_options": {"timeout": timedelta(seconds=float(os.environ.get("LLOKI_ATLAS_STORAGE_TIMEOUT", 60)))},
+        "client_options": {"timeout": timedelta(seconds=_setting("LLOKI_ATLAS_STORAGE_TIMEOUT", 60))},
         "retry_config": {
-            "max_retries": int(os.environ.get("LLOKI_ATLAS_STORAGE_RETRIES", 10)),
+            "max_retries": int(_setting("LLOKI_ATLAS_STORAGE_RETRIES", 10)),
             "retry_timeout": timedelta(minutes=3),
         },
     }
@@ -64,10 +65,10 @@ def storage_errors(place: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (exceptions.UnauthenticatedError, exceptions.PermissionDeniedError, PermissionError) as error:
+    except (exceptions.UnauthenticatedError, exceptions.PermissionDeniedError) as error:
         raise StorageError(f"{place} refuses access: check the credentials in the environment") from error
-    except exceptions.NotFoundError:
-        raise
+    except exceptions.NotFoundError as error:
+        raise FileNotFoundError(str(place)) from error
     except exceptions.BaseError as error:
         raise StorageError(f"{place} cannot be read or written ({_first_line(error)}): run again") from error
 
@@ -119,6 +120,13 @@ def _probe(bucket: str, folder: str) -> None:
         f"the storage of {bucket} lets an object be created twice, so commits could be lost there: "
         "use one that honours If-None-Match"
     )
+
+
+def _setting(name: str, default: float) -> float:
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise InputError(f"{name} is {text!r} in the environment: give a number")
+    return float(text)
 
 
 def _first_line(error: BaseException) -> str:

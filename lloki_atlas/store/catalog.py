@@ -263,18 +263,24 @@ def verify(catalog: Catalog) -> list[str]:
     list of str
         A sentence a problem, naming the object and the file; empty when all is well.
     """
-    problems = []
-    for number in range(1, catalog.version + 1):
-        try:
-            read_record(catalog.root, number)
-        except FormatError as error:
-            problems.append(f"versions: {error}.")
+    problems = record_problems(catalog)
     for name in sorted(catalog.state.references()):
         path = catalog.path(*split_name(name))
         found = check_object(path)
         if not found and read_receipt(path).digest != catalog.state.objects.get(name):
             found = [f"{object_name(path)}: file {path.name}.json is not the receipt that was committed."]
         problems += found
+    return problems
+
+
+def record_problems(catalog: Catalog) -> list[str]:
+    """Say which records of version 1 to this one cannot be read, a sentence each."""
+    problems = []
+    for number in range(1, catalog.version + 1):
+        try:
+            read_record(catalog.root, number)
+        except FormatError as error:
+            problems.append(f"versions: {error}.")
     return problems
 
 

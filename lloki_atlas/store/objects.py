@@ -112,15 +112,34 @@ def check_object(path: str | Place) -> list[str]:
         return [f"{name}: the whole folder is missing."]
     try:
         expected = read_receipt(path).files
-        present = set(files_below(path))
+        problems = compare_sizes(path, expected)
     except (FormatError, NotFoundError) as error:
         return [f"{name}: {error}."]
-    problems = [f"{name}: file {file} is missing." for file in sorted(set(expected) - present)]
-    problems += [f"{name}: file {file} is not in its receipt." for file in sorted(present - set(expected))]
-    for file in sorted(present & set(expected)):
-        problem = _file_problem(path / file, expected[file])
-        if problem:
-            problems.append(f"{name}: file {file} {problem}.")
+    for file in sorted(expected.keys() - problems.keys()):
+        if problem := _content_problem(path / file, expected[file]):
+            problems[file] = problem
+    return [f"{name}: file {file} {problem}." for file, problem in sorted(problems.items())]
+
+
+def compare_sizes(path: Place, expected: Mapping[str, list[Any]]) -> dict[str, str]:
+    """Compare names and sizes of the files of an object with its receipt's.
+
+    Returns
+    -------
+    dict
+        What is wrong with a file, by its path: it is missing, extra, or of another size.
+
+    Raises
+    ------
+    FormatError
+        If there is something that is no plain file.
+    """
+    present = sizes_below(path)
+    problems = dict.fromkeys(expected.keys() - present.keys(), "is missing")
+    problems |= dict.fromkeys(present.keys() - expected.keys(), "is not in its receipt")
+    for file in expected.keys() & present.keys():
+        if present[file] != expected[file][0]:
+            problems[file] = f"has {present[file]} bytes where {expected[file][0]} were written"
     return problems
 
 
@@ -137,16 +156,14 @@ def require_whole(path: str | Place) -> None:
     path = place(path)
     if not receipt_path(path).is_file():
         return
-    expected = {file: entry[0] for file, entry in read_receipt(path).files.items()}
-    present = sizes_below(path) if path.is_dir() else {}
-    if present == expected:
-        return
-    (file, *_) = sorted(file for file in expected.keys() | present.keys() if expected.get(file) != present.get(file))
-    found, written = present.get(file, "no"), expected.get(file, "none")
-    raise FormatError(
-        f"file {file} of {object_name(path)} has {found} bytes where {written} were written: restore it from a copy, "
-        "or remove the object with its receipt and run again"
-    )
+    receipt = read_receipt(path)
+    problems = compare_sizes(path, receipt.files) if path.is_dir() else dict.fromkeys(receipt.files, "is missing")
+    if problems:
+        file, problem = min(problems.items())
+        raise FormatError(
+            f"file {file} of {object_name(path)} {problem}: restore it from a copy, or remove the object with its "
+            "receipt and run again"
+        )
 
 
 def object_name(path: str | Place) -> str:
@@ -177,11 +194,8 @@ def _is_inside(file: str, entry: Any) -> bool:
     return is_path and is_entry and isinstance(entry[1], str)
 
 
-def _file_problem(file: Place, expected: list[Any]) -> str | None:
+def _content_problem(file: Place, expected: list[Any]) -> str | None:
     try:
-        size = file.stat().st_size
-        if size != expected[0]:
-            return f"has {size} bytes where {expected[0]} were written"
         if file_digest(file) != list(expected):
             return "was altered: its digest is not the one in the receipt"
     except StorageError:

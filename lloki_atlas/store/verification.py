@@ -10,11 +10,18 @@ from typing import Any
 
 from lloki_atlas.config import canonical_json
 from lloki_atlas.errors import FormatError, InputError, LlokiAtlasError, NotFoundError
-from lloki_atlas.store.catalog import NAMES, STAGING, Catalog, catalog_root, list_versions, refuse_links
-from lloki_atlas.store.durable import sizes_below
+from lloki_atlas.store.catalog import (
+    NAMES,
+    STAGING,
+    Catalog,
+    catalog_root,
+    list_versions,
+    record_problems,
+    refuse_links,
+)
 from lloki_atlas.store.leases import LEASE_NAME, WRITERS
 from lloki_atlas.store.log import CHECKPOINT_EVERY, RECORD_NAME, read_record
-from lloki_atlas.store.objects import check_object, is_complete, object_name, read_receipt, receipt_path
+from lloki_atlas.store.objects import check_object, compare_sizes, is_complete, object_name, read_receipt, receipt_path
 from lloki_atlas.store.places import Place
 from lloki_atlas.store.records import KINDS, ZARR_KINDS, CatalogState, VersionRecord, split_name
 from lloki_atlas.store.retention import OBJECT_NAME, TEMPORARY
@@ -28,12 +35,7 @@ def verify_quick(catalog: Catalog) -> list[str]:
     list of str
         A sentence a problem, naming the object and the file; empty when all is well.
     """
-    problems = []
-    for number in range(1, catalog.version + 1):
-        try:
-            read_record(catalog.root, number)
-        except FormatError as error:
-            problems.append(f"versions: {error}.")
+    problems = record_problems(catalog)
     for name in sorted(catalog.state.references()):
         problems += _quick_look(catalog, name)
     return problems
@@ -94,23 +96,17 @@ def _quick_look(catalog: Catalog, name: str) -> Iterator[str]:
     try:
         path = catalog.path(*split_name(name))
         receipt = read_receipt(path)
-        present = sizes_below(path) if path.is_dir() else None
+        problems = compare_sizes(path, receipt.files) if path.is_dir() else None
     except (FormatError, NotFoundError, InputError) as error:
         yield f"{name}: {error}."
         return
     called = object_name(path)
     if receipt.digest != catalog.state.objects.get(name):
         yield f"{called}: file {path.name}.json is not the receipt that was committed."
-    elif present is None:
+    elif problems is None:
         yield f"{called}: the whole folder is missing."
     else:
-        for file in sorted({*present, *receipt.files}):
-            if file not in receipt.files:
-                yield f"{called}: file {file} is not in its receipt."
-            elif file not in present:
-                yield f"{called}: file {file} is missing."
-            elif present[file] != receipt.files[file][0]:
-                yield f"{called}: file {file} has {present[file]} bytes where {receipt.files[file][0]} were written."
+        yield from (f"{called}: file {file} {problem}." for file, problem in sorted(problems.items()))
 
 
 def _deep_look(path: Place, expected: set[str] | None) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 from obstore.exceptions import AlreadyExistsError
 from support.s3 import INSTALLED, NEEDS, Bucket, s3_server
 
-from lloki_atlas.errors import StorageError
+from lloki_atlas.errors import InputError, StorageError
 from lloki_atlas.store import buckets
 from lloki_atlas.store.buckets import client, create
 from lloki_atlas.store.places import place
@@ -190,3 +190,17 @@ def test_importing_the_store_contacts_nobody():
     code = "import lloki_atlas.store.catalog, sys; print('boto3' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_a_local_file_that_may_not_be_read_is_no_matter_of_credentials():
+    with pytest.raises(PermissionError) as caught, buckets.storage_errors("folder"):
+        raise PermissionError(13, "Permission denied", "folder/file")
+    assert not isinstance(caught.value, StorageError)
+
+
+@pytest.mark.parametrize("name", ["LLOKI_ATLAS_STORAGE_TIMEOUT", "LLOKI_ATLAS_STORAGE_RETRIES"])
+@pytest.mark.parametrize("value", ["soon", "-1", "1e3x"])
+def test_a_setting_that_is_no_number_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{name} is '{value}' in the environment: give a number"):
+        client(f"s3://other-{uuid.uuid4().hex}")
